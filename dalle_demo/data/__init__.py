@@ -1,0 +1,1 @@
+"""folders and packages of pictures -> image-caption pairs."""

@@ -1,0 +1,147 @@
+"""data set folder -> Pairs: pictures with alpha, their captions, and renders of them made afresh from a seed."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+WHITE = (255, 255, 255)
+BACKGROUNDS = {  # name -> (Chinese name, RGB)
+    "red": ("红色", (229, 57, 53)),
+    "orange": ("橙色", (255, 152, 0)),
+    "yellow": ("黄色", (255, 235, 59)),
+    "green": ("绿色", (67, 160, 71)),
+    "blue": ("蓝色", (66, 165, 245)),
+    "purple": ("紫色", (142, 36, 170)),
+    "pink": ("粉色", (248, 187, 208)),
+    "gray": ("灰色", (158, 158, 158)),
+    "black": ("黑色", (33, 33, 33)),
+}
+TEMPLATES = ("{}", "{}", "a {}", "a picture of a {}", "an emoji of a {}")
+STYLE_TEMPLATES = ("{style} {name}", "{name}, {style} style", "a {style} {name}")
+FLIPPABLE = {"smileys-emotion", "animals-nature", "food-drink"}  # groups without letters or handed signs
+HELD_OUT_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """`images` is a memory map of (N, S, S, 4) uint8 RGBA with straight alpha; `rows[i]` describes image i."""
+
+    images: np.ndarray
+    rows: list[dict]
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.rows)
+
+    def pictures(self, indices: np.ndarray) -> UInt8[Tensor, "B S S 4"]:
+        """Copy the pictures of `indices` into one tensor."""
+        return torch.from_numpy(self.images[np.asarray(indices)])
+
+
+def load(folder: Path) -> Pairs:
+    """Read a folder written by `data emoji`; raises FileNotFoundError or ValueError that says what is wrong."""
+    for name in ("images.npy", "pairs.jsonl"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; build it with: python -m dalle_demo data emoji --out {folder}"
+            )
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    with (folder / "pairs.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    if len(images) != len(rows) or images.ndim != 4 or images.shape[3] != 4:
+        raise ValueError(f"{folder}: {images.shape} pictures and {len(rows)} captions do not belong together")
+    return Pairs(images, rows)
+
+
+def split(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Indices for training and for validation; a drawing's side follows from its emoji and style alone."""
+    keys = [f"{row['hex']}/{row['style']}".encode() for row in pairs.rows]
+    share = np.array([int.from_bytes(hashlib.sha256(key).digest()[:4], "big") / 2**32 for key in keys])
+    return np.flatnonzero(share >= HELD_OUT_SHARE), np.flatnonzero(share < HELD_OUT_SHARE)
+
+
+def caption(row: dict, background: str | None, rng: np.random.Generator) -> str:
+    """Draw one caption: name, keywords or the emoji itself; English or Chinese; with or without style words.
+
+    The background is always told when it is a colour, since nothing else in the caption could explain it.
+    """
+    chinese = rng.random() < 0.2 and bool(row["name_zh"])
+    name = _name(row, chinese, rng)
+    if rng.random() < 0.4:
+        name = (
+            f"{row['style_zh']}风格的{name}"
+            if chinese
+            else _pick(STYLE_TEMPLATES, rng).format(style=row["style"], name=name)
+        )
+    elif not chinese:
+        name = _pick(TEMPLATES, rng).format(name)
+    if background is None:
+        return name
+    return f"{BACKGROUNDS[background][0]}背景的{name}" if chinese else f"{name} on a {background} background"
+
+
+def _name(row: dict, chinese: bool, rng: np.random.Generator) -> str:
+    name, keywords = (row["name_zh"], row["keywords_zh"]) if chinese else (row["name"], row["keywords"])
+    draw = rng.random()
+    if draw < 0.08 and keywords:
+        return _pick(keywords, rng)
+    if draw < 0.16 and keywords:
+        return f"{name}, {_pick(keywords, rng)}, {_pick(keywords, rng)}"
+    if draw < 0.20:
+        return row["emoji"]
+    return name
+
+
+def _pick(options: tuple | list, rng: np.random.Generator) -> str:
+    return options[rng.integers(len(options))]
+
+
+def all_captions(pairs: Pairs) -> list[tuple[str, str]]:
+    """Every distinct (text, English meaning): names, keywords, emoji, styles and backgrounds, both languages.
+
+    Chinese names and keywords carry the English name of the same emoji as their meaning.
+    """
+    texts: dict[str, str] = {}
+    for row in pairs.rows:
+        texts.update({word: word for word in (row["name"], *row["keywords"])})
+        styled = f"{row['style']} {row['name']}"
+        texts[styled] = styled
+    for row in pairs.rows:
+        for word in (row["emoji"], row["name_zh"], *row["keywords_zh"]):
+            texts.setdefault(word, row["name"])
+    for background, (chinese, _) in BACKGROUNDS.items():
+        phrase = f"on a {background} background"
+        texts |= {phrase: phrase, f"{chinese}背景": phrase}
+    texts.pop("", None)
+    return sorted(texts.items())
+
+
+def render(
+    pictures: UInt8[Tensor, "B S S 4"],
+    colours: Float[Tensor, "B 3"],
+    zoom: Float[Tensor, " B"],
+    shift: Float[Tensor, "B 2"],
+    flip: Tensor | None = None,
+) -> Float[Tensor, "B 3 S S"]:
+    """Lay each cut-out on its background colour (0..255), scaled by `zoom`, moved by `shift` (1 is half a side).
+
+    Returns pixels in [-1, 1].
+    """
+    x = pictures.permute(0, 3, 1, 2).float()
+    alpha = x[:, 3:] / 255
+    ink = torch.cat([x[:, :3] * alpha, alpha], 1)  # premultiplied, so that edges blend without dark fringes
+    turn = torch.zeros(len(x), 2, 3)
+    turn[:, 0, 0] = 1 / zoom if flip is None else torch.where(flip, -1 / zoom, 1 / zoom)
+    turn[:, 1, 1] = 1 / zoom
+    turn[:, :, 2] = -shift / zoom[:, None]
+    grid = F.affine_grid(turn, list(ink.shape), align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False)
+    pixels = ink[:, :3] + colours[:, :, None, None] * (1 - ink[:, 3:])
+    return pixels / 127.5 - 1

@@ -1,0 +1,88 @@
+"""pixels (B, 3, H, W) in [-1, 1] <-> PIL pictures, grids and PNG files that remember how they were made."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+CHUNK = "dalle_demo"  # name of the PNG text chunk that holds the whole request as JSON
+
+
+def to_pil(pixels: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
+    """Round pixels in [-1, 1] (clipped) to 8-bit RGB pictures."""
+    scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in scaled.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def from_pil(pictures: Sequence[Image.Image]) -> Float[Tensor, "B 3 H W"]:
+    """Inverse of `to_pil` for RGB pictures of one size."""
+    stacked = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def grid(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Lay pictures of one size out row by row on white, in about a square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path, request: Mapping[str, Any], model: str, steps: int) -> Path:
+    """Write a PNG with two text chunks: `parameters`, as AUTOMATIC1111 writes it, and `dalle_demo`, as JSON.
+
+    Args:
+        picture: what to write.
+        path: where; written under a temporary name first.
+        request: the fields of GenerateParams that make this one picture again.
+        model: name of the preset or folder that drew it.
+        steps: image tokens that were sampled, for readers that expect a number of steps.
+    """
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("parameters", describe(request, model, steps, picture.size))
+    chunks.add_itxt(CHUNK, json.dumps({"model": model, "request": dict(request)}, ensure_ascii=False))
+    partial = path.with_name(path.name + ".part")
+    picture.save(partial, "PNG", pnginfo=chunks)
+    partial.replace(path)
+    return path
+
+
+def describe(request: Mapping[str, Any], model: str, steps: int, size: tuple[int, int]) -> str:
+    """The line of settings that AUTOMATIC1111 and its successors show and read back."""
+    names = {
+        "guidance_scale": "CFG scale",
+        "seed": "Seed",
+        "temperature": "Temperature",
+        "top_k": "Top-k",
+        "top_p": "Top-p",
+    }
+    settings = [f"{label}: {request[name]}" for name, label in names.items() if name in request]
+    settings = [
+        f"Steps: {steps}",
+        "Sampler: autoregressive",
+        *settings,
+        f"Size: {size[0]}x{size[1]}",
+        f"Model: {model}",
+    ]
+    return f"{request['prompt']}\n{', '.join(settings)}"
+
+
+def read_request(path: Path) -> tuple[dict[str, Any], str]:
+    """Fields of GenerateParams and the model name stored in a PNG; raises ValueError when it holds none."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            stored = json.loads(picture.text[CHUNK])
+        return dict(stored["request"]), str(stored["model"])
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no settings of a picture made here") from error

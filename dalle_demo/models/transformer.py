@@ -1,0 +1,211 @@
+"""text_ids (B, T) -> text states (B, T, D) -> logits (B, N, V) over image tokens.
+
+P(w_1:N | text) is the product over t of P(w_t | w_<t, text). Encoder and decoder are those of DALL-E Mini (Dayma et
+al. 2021), a BART with NormFormer's extra norms and gated feed-forward layers: no bias in any projection, exact GELU,
+learned positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dalle_demo.config import ImageDecoderConfig, TextEncoderConfig
+
+
+class FeedForward(nn.Module):
+    """Gated linear unit with a norm at either end: W2 LN(GELU(W0 LN x) * W1 LN x)."""
+
+    def __init__(self, width: int, glu_width: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width)
+        self.gate_and_value = nn.Linear(width, 2 * glu_width, bias=False)
+        self.norm_hidden = nn.LayerNorm(glu_width)
+        self.out = nn.Linear(glu_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        gate, value = self.gate_and_value(self.norm_in(x)).chunk(2, -1)
+        return self.out(self.norm_hidden(F.gelu(gate) * value))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, S, D) -> (B, nh, S, hd)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """softmax(Q K^T / sqrt(hd)) V, heads joined again: (B, nh, S, hd) -> (B, S, D)."""
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself, normed before and after (NormFormer)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_in = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm_out = nn.LayerNorm(width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, nh, S, hd)."""
+        q, k, v = self.qkv(self.norm_in(x)).chunk(3, -1)
+        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def join(self, attended: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        return self.norm_out(self.out(attended))
+
+    def forward(self, x: Tensor, **options) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        return self.join(attend(*self.project(x), **options))
+
+
+class CrossAttention(nn.Module):
+    """Attention of image positions to the text, whose keys and values are computed once per prompt."""
+
+    def __init__(self, width: int, heads: int, text_width: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_in = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm_out = nn.LayerNorm(width)
+
+    def project_text(self, text_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, nh, T, hd)."""
+        k, v = self.kv(text_states).chunk(2, -1)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        q = split_heads(self.q(self.norm_in(x)), self.heads)
+        return self.norm_out(self.out(attend(q, k, v, attn_mask=mask)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each around a shortcut."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.self_attention = SelfAttention(config.width, config.heads)
+        self.feed_forward = FeedForward(config.width, config.glu_width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.self_attention(x, attn_mask=mask)
+        return x + self.feed_forward(x)
+
+
+class TextEncoder(nn.Module):
+    """Bidirectional Transformer over the prompt."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_positions = nn.Embedding(config.length, config.width)
+        self.norm_embedding = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.norm_final = nn.LayerNorm(config.width)
+        self.apply(init_weights)
+
+    def forward(self, text_ids: Int[Tensor, "B T"], text_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Encode; `text_mask` is true on real tokens. States at padding are computed and must not be used."""
+        mask = text_mask[:, None, None]  # (B, 1, 1, T)
+        x = self.embed_tokens(text_ids) + self.embed_positions.weight[: text_ids.shape[1]]
+        x = self.norm_embedding(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm_final(x)
+
+
+class KVCache:
+    """Keys and values of one batch in flight, allocated once: self (L, B, nh, N, hd), text (L, B, nh, T, hd)."""
+
+    def __init__(self, text_keys: list[Tensor], text_values: list[Tensor], text_mask: Tensor, length: int):
+        self.text_keys, self.text_values = text_keys, text_values
+        self.text_mask = text_mask[:, None, None]  # (B, 1, 1, T)
+        batch, heads, _, width = text_keys[0].shape
+        self.keys = text_keys[0].new_empty(len(text_keys), batch, heads, length, width)
+        self.values = torch.empty_like(self.keys)
+
+    def append(self, layer: int, position: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this position's k and v (B, nh, 1, hd); return those of all positions up to it."""
+        self.keys[layer, :, :, position] = k[:, :, 0]
+        self.values[layer, :, :, position] = v[:, :, 0]
+        return self.keys[layer, :, :, : position + 1], self.values[layer, :, :, : position + 1]
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the text and feed-forward, each around a shortcut."""
+
+    def __init__(self, config: ImageDecoderConfig, text_width: int):
+        super().__init__()
+        self.self_attention = SelfAttention(config.width, config.heads)
+        self.cross_attention = CrossAttention(config.width, config.heads, text_width)
+        self.feed_forward = FeedForward(config.width, config.glu_width)
+
+    def forward(self, x: Tensor, text_states: Tensor, mask: Tensor) -> Tensor:
+        """All positions at once: (B, N, D) -> (B, N, D)."""
+        x = x + self.self_attention(x, is_causal=True)
+        x = x + self.cross_attention(x, *self.cross_attention.project_text(text_states), mask)
+        return x + self.feed_forward(x)
+
+    def step(self, x: Tensor, cache: KVCache, layer: int, position: int) -> Tensor:
+        """One position, given the cache: (B, 1, D) -> (B, 1, D)."""
+        q, k, v = self.self_attention.project(x)
+        x = x + self.self_attention.join(attend(q, *cache.append(layer, position, k, v)))
+        x = x + self.cross_attention(x, cache.text_keys[layer], cache.text_values[layer], cache.text_mask)
+        return x + self.feed_forward(x)
+
+
+class ImageDecoder(nn.Module):
+    """Autoregressive Transformer over image tokens in raster order; position 0 reads BOS, position t reads w_t."""
+
+    def __init__(self, config: ImageDecoderConfig):
+        super().__init__()
+        self.bos, self.length, self.text_width = config.bos, config.length, config.text_width
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_positions = nn.Embedding(config.length, config.width)
+        self.norm_embedding = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config, config.text_width) for _ in range(config.layers))
+        self.norm_final = nn.LayerNorm(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.apply(init_weights)
+
+    def forward(
+        self,
+        image_tokens: Int[Tensor, "B N"],
+        text_states: Float[Tensor, "B T D"],
+        text_mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B N V"]:
+        """Logits of every token given those before it (teacher forcing)."""
+        start = torch.full_like(image_tokens[:, :1], self.bos)
+        x = self.embed_tokens(torch.cat([start, image_tokens[:, :-1]], 1))
+        x = self.norm_embedding(x + self.embed_positions.weight[: x.shape[1]])
+        for layer in self.layers:
+            x = layer(x, text_states, text_mask[:, None, None])
+        return self.lm_head(self.norm_final(x))
+
+    def prefill(self, text_states: Float[Tensor, "B T D"], text_mask: Bool[Tensor, "B T"]) -> KVCache:
+        """Compute what every step needs of the text and allocate the rest of the cache."""
+        keys, values = zip(*(layer.cross_attention.project_text(text_states) for layer in self.layers), strict=True)
+        return KVCache(list(keys), list(values), text_mask, self.length)
+
+    def step(self, image_tokens: Int[Tensor, " B"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
+        """Logits at `position`, whose input is `image_tokens`: BOS at 0, then the token of position - 1."""
+        x = self.embed_tokens(image_tokens) + self.embed_positions.weight[position]
+        x = self.norm_embedding(x)[:, None]
+        for i, layer in enumerate(self.layers):
+            x = layer.step(x, cache, i, position)
+        return self.lm_head(self.norm_final(x[:, 0]))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal with a spread of 0.02, as in GPT and BART."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

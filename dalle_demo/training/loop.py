@@ -1,0 +1,251 @@
+"""stage -> trained stage: the one training loop, resumable to the bit and data-parallel over processes.
+
+Nothing in it is random: a stage makes the samples of a step from (seed, sample number) alone. So a run that is
+killed goes on at its last checkpoint exactly as an unbroken one, and w processes see the data that one would see.
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dalle_demo.engines import has_native_bf16
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.05
+CLIP_NORM = 1.0
+LOG_EVERY = 20  # steps
+
+
+class Stage(Protocol):
+    """What a stage brings to the loop; `network` maps a batch to named losses, of which `loss` is minimised."""
+
+    network: nn.Module
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Tensors of the given sample numbers."""
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Figures on held-out data."""
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Write weights and config."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train. Give `steps` for a run that can be repeated, or `minutes` for a deadline."""
+
+    batch: int
+    learning_rate: float
+    steps: int | None = None
+    minutes: float | None = None
+    warmup: int = 100
+    checkpoint_minutes: float = 4.0
+    precision: str = "auto"  # "fp32", "bf16", or bf16 where the processor multiplies it natively
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("give either --steps or --minutes")
+
+
+def train(make_stage: Callable[["Workers"], Stage], plan: Plan, out: Path, resume: bool = False) -> None:
+    """Train until the plan ends or a signal asks to stop; `out` then holds checkpoint.pt, log.jsonl and weights/.
+
+    Raises ValueError when `out` already holds a run and `resume` is false, or the batch does not divide.
+    """
+    if not resume and (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with Workers() as workers:
+        if plan.batch % workers.count:
+            raise ValueError(f"--batch {plan.batch} cannot be divided among {workers.count} processes")
+        run = Run(make_stage(workers), plan, out, workers)
+        if (out / "checkpoint.pt").exists():
+            run.restore()
+        run.go()
+
+
+class Workers:
+    """The processes of one run: alone, or started by torchrun, which sets WORLD_SIZE."""
+
+    def __enter__(self) -> "Workers":
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1:
+            dist.init_process_group("gloo")
+            torch.set_num_threads(1)
+        self.rank = dist.get_rank() if self.count > 1 else 0
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def agree(self, *values: float) -> list[float]:
+        """Maximum over processes of each value."""
+        if self.count == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.tolist()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+class Run:
+    """State of one run: what a checkpoint holds, and the steps that change it."""
+
+    def __init__(self, stage: Stage, plan: Plan, out: Path, workers: Workers):
+        self.stage, self.plan, self.out, self.workers = stage, plan, out, workers
+        network = stage.network
+        self.ema = copy.deepcopy(network).requires_grad_(False)
+        self.wrapped = DistributedDataParallel(network) if workers.count > 1 else network
+        self.optimizer = make_optimizer(network, plan.learning_rate)
+        self.step, self.seconds = 0, 0.0
+        self.autocast = plan.precision == "bf16" or (plan.precision == "auto" and has_native_bf16())
+        self.stopping = False
+
+    def go(self) -> None:
+        """Step until the end, logging and saving on the way."""
+        previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        saved = started = time.monotonic()
+        base, first = self.seconds, self.step
+        bar = tqdm(total=100, initial=round(100 * self.progress(), 2), unit="%", disable=self.workers.rank > 0)
+        try:
+            while not self._finished():
+                losses = self.take_step()
+                self.seconds = base + time.monotonic() - started
+                rate = (self.step - first) * self.plan.batch / (time.monotonic() - started)
+                self._report(bar, losses, rate)
+                (due,) = self.workers.agree(time.monotonic() - saved >= 60 * self.plan.checkpoint_minutes)
+                if due:
+                    self.save()
+                    saved = time.monotonic()
+            self.save()
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def progress(self) -> float:
+        """Share of the plan that is done, 0..1."""
+        if self.plan.steps is not None:
+            return min(1.0, self.step / self.plan.steps)
+        return min(1.0, self.seconds / (60 * self.plan.minutes))
+
+    def _finished(self) -> bool:
+        stopping, done = self.workers.agree(self.stopping, self.progress() if self.workers.rank == 0 else 0.0)
+        self.done = done  # one value for all processes, since their clocks differ
+        return bool(stopping) or done >= 1
+
+    def _ask_to_stop(self, *_) -> None:
+        self.stopping = True
+
+    def take_step(self) -> dict[str, Tensor]:
+        """One optimiser step on this process's share of the batch; returns the detached losses."""
+        rate = self.plan.learning_rate * schedule(self.step, self.plan.warmup, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        share = self.plan.batch // self.workers.count
+        start = self.step * self.plan.batch + self.workers.rank * share
+        batch = self.stage.batch(range(start, start + share))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            losses = self.wrapped(**batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.stage.network.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.step += 1
+        update_ema(self.ema, self.stage.network, self.step)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _report(self, bar: tqdm, losses: Mapping[str, Tensor], rate: float) -> None:
+        if self.workers.rank > 0 or self.step % LOG_EVERY:
+            return
+        figures = {name: round(value.item(), 5) for name, value in losses.items()}
+        if not math.isfinite(figures["loss"]):
+            raise FloatingPointError(f"the loss is {figures['loss']} at step {self.step}; lower --learning-rate")
+        bar.update(round(100 * self.progress() - bar.n, 2))
+        bar.set_postfix(step=self.step, loss=figures["loss"], images_per_s=round(rate, 1))
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._log({**figures, "learning_rate": lr, "images_per_second": round(rate, 1)})
+
+    def _log(self, figures: Mapping[str, float]) -> None:
+        line = {"step": self.step, "seconds": round(self.seconds, 1), **figures}
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Validate the averaged weights, export them and write the checkpoint, each under its final name only."""
+        if self.workers.rank == 0:
+            self.ema.eval()
+            with torch.no_grad():
+                self._log(self.stage.validate(self.ema))
+            self.stage.export(self.ema, self.out / "weights")
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "network": self.stage.network.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            partial = self.out / "checkpoint.pt.part"
+            torch.save(state, partial)
+            partial.replace(self.out / "checkpoint.pt")
+        self.workers.wait()
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint; log lines written after it are dropped."""
+        state = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        self.stage.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        log = self.out / "log.jsonl"
+        if self.workers.rank == 0 and log.exists():
+            lines = [line for line in log.read_text().splitlines(True) if _step_of(line) <= self.step]
+            log.write_text("".join(lines))
+        self.workers.wait()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short by the kill
+        return math.inf
+
+
+def schedule(step: int, warmup: int, done: float) -> float:
+    """Linear warm-up, then half a cosine over the share of the plan that is done (Loshchilov & Hutter 2017)."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW; only matrices and kernels decay, never biases, norms or embeddings of width one."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+
+
+def update_ema(ema: nn.Module, network: nn.Module, step: int, gamma: float = 16.97) -> None:
+    """Power-function average, whose horizon grows with the run (Karras et al. 2024, equation 127; about 5 %)."""
+    beta = (1 - 1 / step) ** (gamma + 1)
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - beta)

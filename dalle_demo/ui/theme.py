@@ -1,0 +1,52 @@
+"""() -> theme, style sheet and key bindings of the page; nothing of it is fetched from another host."""
+
+import gradio as gr
+
+# The three parts stand one below the other on a phone, in the order in which they are used, and the pictures beside
+# the other two on anything wider, where four of them fit into the window's height.
+CSS = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+#heading { gap: 0; }
+#heading h1 { font-size: 1.75rem; letter-spacing: -.02em; margin: .5rem 0 0; }
+#heading p, #status p, #footer p { color: var(--body-text-color-subdued); }
+#studio {
+  display: grid; gap: 16px 20px;
+  grid-template: "compose result" auto "settings result" 1fr / minmax(300px, 1fr) minmax(320px, min(62%, 100vh - 190px));
+}
+#compose { grid-area: compose; }
+#result { grid-area: result; gap: 8px; }
+#settings { grid-area: settings; }
+#compose, #result, #settings { min-width: 0 !important; }
+#gallery { aspect-ratio: 1; }
+#gallery .grid-wrap { max-height: none; height: 100%; }
+#gallery .caption-label { display: none; }
+#status { min-height: 1.75rem; }
+#status p { font-variant-numeric: tabular-nums; }
+#footer p { text-align: center; font-size: .8rem; }
+@media (max-width: 767px) {
+  #studio { grid-template: "compose" "result" "settings" / 100%; }
+  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; padding-bottom: 4px; }
+  #examples .gallery-item { flex: none; }
+}
+"""
+
+# Ctrl+Enter draws from any field; the status line is announced by screen readers.
+JS = """() => {
+  document.addEventListener("keydown", (event) => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") document.querySelector("#go")?.click();
+  });
+  document.querySelector("#status")?.setAttribute("role", "status");
+}"""
+
+
+def theme() -> gr.themes.Base:
+    """Calm colours, plain labels and the reader's own system font."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return gr.themes.Soft(primary_hue="emerald", neutral_hue="slate", **fonts).set(
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_padding="0",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_label_text_color="*body_text_color_subdued",
+    )
