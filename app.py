@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 
 
 def main() -> None:
@@ -18,7 +17,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dalle_demo-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # not the /tmp/gradio that everyone on the machine can read
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        threading.Thread(target=import_gradio, daemon=True).start()  # while the engine loads
         serve(args)
 
 
@@ -32,11 +30,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def import_gradio() -> None:
-    """Import the slowest dependency, so that it is there when the page is built."""
-    import gradio  # noqa: F401
-
-
 def serve(args: argparse.Namespace) -> None:
     """Print where the page is, and serve it; a problem with the weights is one sentence and exit code 2."""
     from dalle_demo import DalleEngine, WeightsError
@@ -46,10 +39,11 @@ def serve(args: argparse.Namespace) -> None:
     except WeightsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    from dalle_demo.ui.app import build
+    from dalle_demo.ui.app import build  # brings gradio, seconds that a wrong folder need not wait for
 
     page, options = build(engine)
-    _, url, _ = page.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True, **options)
+    options |= {"server_name": args.host, "server_port": args.port}
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
     print(f"{engine.name} is served at {url}", flush=True)
     page.block_thread()
 

@@ -125,7 +125,7 @@ def time_request(client, n: int, seed: int) -> tuple[float, float]:
     """Seconds to the first update that carries pictures and to the last one."""
     start = time.perf_counter()
     first = None
-    job = client.submit(prompt=PROMPT, n=n, seed=seed, randomise=False, api_name="/generate")
+    job = client.submit(prompt=PROMPT, n=n, seed=seed, api_name="/generate")
     for update in job:
         if first is None and update[0]:
             first = time.perf_counter() - start

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dalle_demo import DalleEngine  # noqa: E402  (the line above finds it in a checkout)
-from dalle_demo.images import grid  # noqa: E402
+from dalle_demo import DalleEngine
+from dalle_demo.images import grid
 
 PROMPTS = ("apple", "cat", "car", "house", "pizza", "heart", "sun", "tree", "robot", "ghost")
 FIRST_SEED, N, COLUMNS, CAPTION = 0, 4, 5, 26

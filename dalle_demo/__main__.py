@@ -59,16 +59,22 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> int:
     """Draw every prompt with one loaded model; a prompt that cannot be drawn is reported and passed over."""
+    from dalle_demo import images
     from dalle_demo.engines import DalleEngine
 
     if sum(given is not None for given in (options.prompt, options.prompts, options.again)) != 1:
         raise ValueError("give one of: a prompt, --prompts FILE, --again PNG")
     names = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    engine = DalleEngine.load(options.preset)
+    threads = None
+    if options.again is not None:
+        request, origin = images.read_request(options.again)
+        settings = request | settings
+        options.prompt, threads = settings.pop("prompt"), origin["threads"]
+    engine = DalleEngine.load(options.preset, threads)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
-    for line, prompt in read_prompts(options, settings):
+    for line, prompt in read_prompts(options):
         try:
             draw(engine, line, engine.params(prompt, **settings), options.out, options.grid)
         except ParamError as error:
@@ -77,22 +83,15 @@ def run_generate(options: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
-def read_prompts(options: argparse.Namespace, settings: dict) -> Iterator[tuple[int, str]]:
-    """Line numbers and prompts to draw; `--again` fills in the settings that no flag overrides."""
-    if options.again is not None:
-        from dalle_demo.images import read_request
-
-        request, _ = read_request(options.again)
-        for name, value in request.items():
-            settings.setdefault(name, value)
-        yield 1, settings.pop("prompt")
-    elif options.prompt is not None:
+def read_prompts(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """Line numbers and prompts to draw; empty lines of a file are passed over."""
+    if options.prompts is None:
         yield 1, options.prompt
-    else:
-        lines = sys.stdin if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, line.strip()
+        return
+    lines = sys.stdin if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, line.strip()
 
 
 def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, with_grid: bool) -> None:
@@ -105,11 +104,11 @@ def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, wi
     slug = re.sub(r"[^\w]+", "-", params.prompt.lower()).strip("-")[:40] or "prompt"
     for picture, seed in zip(last.images, last.seeds, strict=True):
         request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
-        print(images.save_png(picture, out / f"{line:03d}-{slug}-{seed}.png", request, engine.name, last.total))
+        print(images.save_png(picture, out / f"{line:03d}-{slug}-{seed}.png", request, engine.origin))
     if with_grid:
         request = dataclasses.asdict(params) | {"seed": last.seeds[0]}
         path = out / f"{line:03d}-{slug}-{last.seeds[0]}-grid.png"
-        print(images.save_png(images.grid(last.images), path, request, engine.name, last.total))
+        print(images.save_png(images.grid(last.images), path, request, engine.origin))
 
 
 def add_data(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Presets and request parameters: every size of every model, every setting of a request, checked here.
+"""preset names and request settings -> checked values: every size of every model, every setting of a request.
 
 A model is described by one frozen dataclass; `nano`, `mini` and `mega` are three values of the same classes. The
 fields of `GenerateParams` carry their label, help and range, from which the page's sliders and the command line's
@@ -174,8 +174,7 @@ class GenerateParams:
             "high": MAX_SEED,
             "step": 1,
             "label": "Seed",
-            "help": "The same seed, prompt and settings give the same picture; picture i uses seed + i. "
-            "Left out, one is drawn and reported.",
+            "help": "The same seed, prompt and settings draw the same pictures again.",
         },
     )
     temperature: float = _number(

@@ -48,24 +48,45 @@ class Update:
 class DalleEngine:
     """Draws with a DALL-E model; may be called from many threads, and serves them one after another."""
 
-    def __init__(self, model: Dalle):
+    def __init__(self, model: Dalle, threads: int | None = None, dtype: torch.dtype | None = None):
         self.model = model
         self.config = model.config
         self._lock = threading.Lock()
         with torch.inference_mode():
-            self.dtype = self._use_fastest_format()
-            self._measure_threads()
+            self.dtype = dtype or self._fastest_format()
+            for module in (model.text_encoder, model.image_decoder, model.vqgan):
+                module.to(self.dtype)
+            self.threads = threads or self._fastest_threads()
+            torch.set_num_threads(self.threads)
             self._uncond = self._encode("")
 
     @classmethod
-    def load(cls, preset: str = "nano") -> "DalleEngine":
-        """Engine for a preset or a folder of weights; raises WeightsError."""
-        return cls(load_dalle(preset))
+    def load(
+        cls, preset: str = "nano", threads: int | None = None, dtype: torch.dtype | None = None
+    ) -> "DalleEngine":
+        """Engine for a preset or a folder of weights; raises WeightsError.
+
+        Args:
+            preset: name of a preset, or a folder.
+            threads: processor threads, measured when None; another number rounds differently in the last bits.
+            dtype: number format, measured when None.
+        """
+        return cls(load_dalle(preset), threads, dtype)
 
     @property
     def name(self) -> str:
-        """Name of the model, as stored in pictures."""
+        """Name of the model."""
         return self.model.name
+
+    @property
+    def origin(self) -> dict[str, str | int]:
+        """What is stored in pictures about how they came about, beside the request."""
+        return {
+            "model": self.name,
+            "steps": self.config.image_decoder.length,
+            "format": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+        }
 
     def params(self, prompt: str, **settings) -> GenerateParams:
         """Request with this model's own defaults where a setting is not given; raises ParamError."""
@@ -77,7 +98,7 @@ class DalleEngine:
         dropped = self.model.tokenizer.encode(prompt, length).dropped
         if not dropped:
             return None
-        return f"The end of the prompt was left out: this model reads {length} tokens, the prompt has {length + dropped}."
+        return f"The end of the prompt was left out: this model reads {length} tokens, it has {length + dropped}."
 
     def generate(self, params: GenerateParams, stop: threading.Event | None = None) -> Iterator[Update]:
         """Yield an update each time a row of tokens is finished, the last one with the finished pictures.
@@ -146,25 +167,22 @@ class DalleEngine:
         latents = self.model.vqgan.lookup(tokens)
         return self.model.vqgan.decode(latents.to(self.dtype))
 
-    def _use_fastest_format(self) -> torch.dtype:
-        """Keep fp32, or go over to bf16 where the processor multiplies it and a decoding step gains by it."""
+    def _fastest_format(self) -> torch.dtype:
+        """fp32, or bf16 where the processor multiplies it and a decoding step gains by it."""
         decoder = self.model.image_decoder
         if not has_native_bf16():
             return torch.float32
-        if _seconds_per_step(decoder, torch.float32) <= _seconds_per_step(copy.deepcopy(decoder), torch.bfloat16):
-            return torch.float32
-        for module in (self.model.text_encoder, decoder, self.model.vqgan):
-            module.to(torch.bfloat16)
-        return torch.bfloat16
+        plain = _seconds_per_step(decoder, torch.float32)
+        short = _seconds_per_step(copy.deepcopy(decoder).to(torch.bfloat16), torch.bfloat16)
+        return torch.bfloat16 if short < plain else torch.float32
 
-    def _measure_threads(self) -> None:
-        """Find the number of threads with the shortest step right now: on a busy machine fewer are faster."""
+    def _fastest_threads(self) -> int:
+        """Number of threads with the shortest step right now: on a busy machine fewer are faster."""
         timings = {}
         for threads in _thread_counts():
             torch.set_num_threads(threads)
             timings[threads] = _seconds_per_step(self.model.image_decoder, self.dtype)
-        self.threads = min(timings, key=timings.get)
-        self._expected_step = timings[self.threads]
+        return min(timings, key=timings.get)
 
 
 def has_native_bf16() -> bool:
@@ -181,7 +199,6 @@ def _thread_counts() -> list[int]:
 
 def _seconds_per_step(decoder: ImageDecoder, dtype: torch.dtype) -> float:
     """Seconds of the quickest of a few decoding steps of eight rows, that is four guided pictures."""
-    decoder = decoder.to(dtype)
     text = torch.zeros(8, 4, decoder.text_width, dtype=dtype)
     cache = decoder.prefill(text, torch.ones(8, 4, dtype=torch.bool))
     tokens = torch.zeros(8, dtype=torch.long)

@@ -38,51 +38,46 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, gap: int =
     return sheet
 
 
-def save_png(picture: Image.Image, path: Path, request: Mapping[str, Any], model: str, steps: int) -> Path:
+def save_png(picture: Image.Image, path: Path, request: Mapping[str, Any], origin: Mapping[str, Any]) -> Path:
     """Write a PNG with two text chunks: `parameters`, as AUTOMATIC1111 writes it, and `dalle_demo`, as JSON.
 
     Args:
         picture: what to write.
         path: where; written under a temporary name first.
         request: the fields of GenerateParams that make this one picture again.
-        model: name of the preset or folder that drew it.
-        steps: image tokens that were sampled, for readers that expect a number of steps.
+        origin: what drew it, as told by the engine.
     """
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt("parameters", describe(request, model, steps, picture.size))
-    chunks.add_itxt(CHUNK, json.dumps({"model": model, "request": dict(request)}, ensure_ascii=False))
+    chunks.add_itxt("parameters", describe(request, origin, picture.size))
+    chunks.add_itxt(CHUNK, json.dumps({**origin, "request": dict(request)}, ensure_ascii=False))
     partial = path.with_name(path.name + ".part")
     picture.save(partial, "PNG", pnginfo=chunks)
     partial.replace(path)
     return path
 
 
-def describe(request: Mapping[str, Any], model: str, steps: int, size: tuple[int, int]) -> str:
-    """The line of settings that AUTOMATIC1111 and its successors show and read back."""
-    names = {
-        "guidance_scale": "CFG scale",
-        "seed": "Seed",
-        "temperature": "Temperature",
-        "top_k": "Top-k",
-        "top_p": "Top-p",
+def describe(request: Mapping[str, Any], origin: Mapping[str, Any], size: tuple[int, int]) -> str:
+    """Prompt and settings in the lines that AUTOMATIC1111 and its successors show and read back."""
+    settings = {
+        "Steps": origin["steps"],
+        "Sampler": "autoregressive",
+        "CFG scale": request["guidance_scale"],
+        "Seed": request["seed"],
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": origin["model"],
+        "Temperature": request["temperature"],
+        "Top-k": request["top_k"],
+        "Top-p": request["top_p"],
     }
-    settings = [f"{label}: {request[name]}" for name, label in names.items() if name in request]
-    settings = [
-        f"Steps: {steps}",
-        "Sampler: autoregressive",
-        *settings,
-        f"Size: {size[0]}x{size[1]}",
-        f"Model: {model}",
-    ]
-    return f"{request['prompt']}\n{', '.join(settings)}"
+    return f"{request['prompt']}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
 
 
-def read_request(path: Path) -> tuple[dict[str, Any], str]:
-    """Fields of GenerateParams and the model name stored in a PNG; raises ValueError when it holds none."""
+def read_request(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Request and origin stored by `save_png`; raises ValueError when the file holds none."""
     try:
         with Image.open(path) as picture:
             picture.load()
-            stored = json.loads(picture.text[CHUNK])
-        return dict(stored["request"]), str(stored["model"])
+            origin = json.loads(picture.text[CHUNK])
+        return dict(origin.pop("request")), dict(origin)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no settings of a picture made here") from error

@@ -220,7 +220,7 @@ class GenerateTab:
             for picture, seed in zip(update.images, update.seeds, strict=True):
                 request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
                 path = Path(folder, f"{_slug(params.prompt)}-{seed}.png")
-                paths.append(save_png(picture, path, request, self.engine.name, update.total))
+                paths.append(save_png(picture, path, request, self.engine.origin))
             yield _captioned(paths, update), update.seeds[0], summary
 
     def _summary(self, params: GenerateParams, seed: int, seconds: float, language: str) -> str:

@@ -11,7 +11,14 @@ from typing import Any
 from dalle_demo.config import GenerateParams
 
 TITLE = "dalle_demo"
-EXAMPLES = ["a red apple", "a smiling cat", "a slice of pizza", "a snowy mountain at night", "一朵粉红色的花", "蓝色的鱼"]
+EXAMPLES = [
+    "a red apple",
+    "a smiling cat",
+    "a slice of pizza",
+    "a snowy mountain at night",
+    "一朵粉红色的花",
+    "蓝色的鱼",
+]
 
 LABELS = {
     "en": {
@@ -24,6 +31,7 @@ LABELS = {
         "examples": "Or try one of these",
         "gallery": "Pictures",
         "settings": "Settings",
+        "seed_help": "The same seed, prompt and settings draw the same pictures again.",
         "seed_placeholder": "random",
         "randomise": "New seed each time",
         "randomise_help": "Untick to draw the same pictures again.",
@@ -43,7 +51,7 @@ LABELS = {
         "n": "张数",
         "n_help": "一次画几张。",
         "seed": "种子",
-        "seed_help": "种子、描述和设置都相同，画出的图片就相同；第 i 张用的是种子 + i。",
+        "seed_help": "种子、描述和设置都相同，画出的图片就相同。",
         "temperature": "温度",
         "temperature_help": "越低越稳妥、越相似，越高越大胆、越多样。",
         "top_k": "Top-k",
@@ -80,7 +88,10 @@ SENTENCES = {
 def footer(model: str, dtype: str, threads: int) -> str:
     """Small print in Markdown: which model runs, how, and what becomes of a prompt."""
     plural = "thread" if threads == 1 else "threads"
-    return f"Model {model}, {dtype}, {threads} processor {plural}. Prompts are not logged; pictures are deleted within a day."
+    return (
+        f"Model {model}, {dtype}, {threads} processor {plural}. "
+        "Prompts are not logged; pictures are deleted within a day."
+    )
 
 
 def translations() -> dict[str, dict[str, str]]:
@@ -95,6 +106,6 @@ def translations() -> dict[str, dict[str, str]]:
 
 
 def say(key: str, accept_language: str, **values: Any) -> str:
-    """Sentence in the browser's first language, given as the Accept-Language header; English where it is not Chinese."""
+    """Sentence in a browser's first language, known from its Accept-Language header; English if it is not Chinese."""
     language = "zh" if accept_language.lower().startswith("zh") else "en"
     return SENTENCES[language][key].format(**values)

@@ -1,0 +1,202 @@
+"""Settings of a request are checked one by one; the published models have the published sizes."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from dalle_demo.config import (
+    MAX_IMAGES,
+    MAX_PROMPT,
+    MAX_SEED,
+    PARTS,
+    PRESETS,
+    GenerateParams,
+    ParamError,
+    part_config,
+)
+from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.models.vqgan import VQGAN
+
+NUMERIC = [spec for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
+
+
+def refuse(field: str, **settings) -> str:
+    """Message of the ParamError that these settings raise, which must name `field`."""
+    with pytest.raises(ParamError) as caught:
+        GenerateParams(**({"prompt": "a red apple"} | settings))
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ")
+    assert isinstance(caught.value, ValueError)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "bad",
+    [math.nan, math.inf, -math.inf, "4", "", "４", b"4", [4], {}, True, False, 4j, 10**400],
+    ids=lambda bad: ascii(bad)[:8],
+)
+def test_refuses_what_is_no_number(spec, bad):
+    refuse(spec.name, **{spec.name: bad})
+
+
+@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
+def test_refuses_none_except_as_blank_seed(spec):
+    if spec.name == "seed":
+        assert GenerateParams("a red apple", seed=None).seed is None
+    else:
+        refuse(spec.name, **{spec.name: None})
+
+
+@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
+def test_bounds_are_inclusive(spec):
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    for value in (low, high):
+        assert getattr(GenerateParams("a red apple", **({"n": 1} | {spec.name: value})), spec.name) == value
+    for value in (low - 1, high + 1, math.nextafter(low, -math.inf), math.nextafter(high, math.inf)):
+        message = refuse(spec.name, **({"n": 1} | {spec.name: value}))
+        assert spec.type not in (int, float) or str(high) in message or "whole" in message
+
+
+@pytest.mark.parametrize("n", [0, -1, 1000, MAX_IMAGES + 1])
+def test_number_of_pictures(n):
+    assert str(MAX_IMAGES) in refuse("n", n=n)
+
+
+@pytest.mark.parametrize("spec", [s for s in NUMERIC if s.type in (int, int | None)], ids=lambda spec: spec.name)
+def test_counts_are_whole_numbers(spec):
+    value = getattr(GenerateParams("a red apple", **{spec.name: 4.0}), spec.name)
+    assert value == 4
+    assert type(value) is int
+    assert "whole" in refuse(spec.name, **{spec.name: 4.5})
+
+
+def test_other_numbers_become_floats():
+    assert type(GenerateParams("a red apple", guidance_scale=3).guidance_scale) is float
+
+
+def test_every_number_describes_its_control():
+    for spec in NUMERIC:
+        assert {"low", "high", "step", "label", "help"} <= set(spec.metadata), spec.name
+        assert spec.default is None or spec.metadata["low"] <= spec.default <= spec.metadata["high"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        " ",
+        "\n\t \u3000",
+        "\x00\x01\x1f\x7f",
+        "!?… —",
+        "...",
+        "“”",
+        "，。！？",
+        "\ufe0f",
+        "\ufeff",
+        "\u200b\u200d",
+        None,
+        7,
+        b"cat",
+    ],
+    ids=ascii,
+)
+def test_refuses_prompts_that_say_nothing(prompt):
+    refuse("prompt", prompt=prompt)
+
+
+def test_refuses_long_prompts_with_both_numbers():
+    message = refuse("prompt", prompt="a" * 10_000)
+    assert "10,000" in message
+    assert f"{MAX_PROMPT:,}" in message
+    assert GenerateParams("a" * MAX_PROMPT).prompt == "a" * MAX_PROMPT
+
+
+@pytest.mark.parametrize("prompt", ["🍕", "❤️", "👨‍👩‍👧", "⌚", "一只小狗", "狗", "ωmega", "a", "7", "кот", "→"])
+def test_accepts_any_script_and_lone_emoji(prompt):
+    assert GenerateParams(prompt).prompt == prompt
+
+
+def test_seed_leaves_room_for_the_last_picture():
+    assert GenerateParams("a cat", n=4, seed=MAX_SEED - 3).seed == MAX_SEED - 3
+    assert str(MAX_SEED - 3) in refuse("seed", n=4, seed=MAX_SEED - 2)
+    assert GenerateParams("a cat", n=1, seed=MAX_SEED).seed == MAX_SEED
+
+
+def test_params_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GenerateParams("a cat").n = 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_json(preset):
+    for part, kind in PARTS.items():
+        config = getattr(PRESETS[preset], part)
+        assert type(config) is kind
+        assert part_config(part, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_config_from_json_is_strict():
+    values = dataclasses.asdict(PRESETS["nano"].vqgan)
+    with pytest.raises(ValueError, match="colour"):
+        part_config("vqgan", values | {"colour": 1})
+    del values["channels"]
+    with pytest.raises(ValueError, match="channels"):
+        part_config("vqgan", values)
+    with pytest.raises(ValueError, match="diffuser"):
+        part_config("diffuser", {})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parts_of_a_preset_fit_each_other(preset):
+    config = PRESETS[preset]
+    vqgan, decoder = config.vqgan, config.image_decoder
+    assert decoder.length == vqgan.tokens == vqgan.grid**2
+    assert vqgan.grid * vqgan.downsample == vqgan.image_size
+    assert vqgan.codebook_size <= decoder.bos < decoder.vocab_size
+    assert 0 <= config.filler < vqgan.codebook_size
+    assert decoder.text_width == config.text_encoder.width
+    for part in (config.text_encoder, decoder):
+        assert part.width % part.heads == 0
+
+
+def count(module: torch.nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("preset", "encoder", "decoder"),
+    [("mini", 202_591_224, 235_242_488), ("mega", 1_110_022_144, 1_477_498_880)],
+)
+def test_published_transformers(preset, encoder, decoder):
+    """Sizes of the published files, which leave out the scale of every norm that was trained without one."""
+    config = PRESETS[preset]
+    layers, width, glu = config.text_encoder.layers, config.text_encoder.width, config.text_encoder.glu_width
+    feed_forward_and_attention = 2 * width + glu  # norms before attention, and at both ends of the GLU
+    with torch.device("meta"):
+        text, image = TextEncoder(config.text_encoder), ImageDecoder(config.image_decoder)
+    assert count(text) == encoder + layers * feed_forward_and_attention + width  # and the final norm
+    assert count(image) == decoder + layers * (feed_forward_and_attention + width) + width  # and before the text
+    assert text.embed_positions.weight.shape == (64, width)
+    assert image.embed_positions.weight.shape == (256, width)
+    assert image.lm_head.weight.shape[0] == {"mini": 16385, "mega": 16416}[preset]
+
+
+def test_published_detokenizer():
+    with torch.device("meta"):
+        vqgan = VQGAN(PRESETS["mini"].vqgan)
+    assert PRESETS["mega"].vqgan == PRESETS["mini"].vqgan
+    parts = (vqgan.decoder, vqgan.quantizer, vqgan.post_quant_conv)
+    assert sum(map(count, parts)) == 46_709_891
+    assert sum(len(part.state_dict()) for part in parts) == 197
+
+
+def test_nano_is_small_enough_to_ship():
+    config = PRESETS["nano"]
+    with torch.device("meta"):
+        parts = VQGAN(config.vqgan), TextEncoder(config.text_encoder), ImageDecoder(config.image_decoder)
+    assert 2 * sum(map(count, parts)) < 50e6  # bytes in fp16

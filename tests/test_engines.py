@@ -1,0 +1,384 @@
+"""What an engine promises to whoever draws with it: seeds, turns, stopping, and settings that arrive."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+
+from dalle_demo import engines
+from dalle_demo.config import MAX_SEED, PRESETS, DalleConfig, GenerateParams
+from dalle_demo.engines import DalleEngine, Update
+from dalle_demo.images import to_pil
+from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.models.vqgan import VQGAN
+from dalle_demo.text import PAD
+from dalle_demo.weights import Dalle
+
+PROMPT = "a red apple"
+LENGTH = tiny_config().image_decoder.length
+
+
+def finish(engine: DalleEngine, params: GenerateParams) -> Update:
+    """Last update of a request."""
+    *_, last = engine.generate(params)
+    return last
+
+
+def draw(engine: DalleEngine, prompt: str = PROMPT, **settings) -> list[bytes]:
+    """Pixels of the finished pictures."""
+    return [picture.tobytes() for picture in finish(engine, GenerateParams(prompt, **settings)).images]
+
+
+def is_free(engine: DalleEngine) -> bool:
+    """Whether another thread gets its turn at once."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (draw(engine, n=1, seed=1), done.set()), daemon=True)
+    thread.start()
+    return done.wait(60)
+
+
+@pytest.fixture
+def spy(engine, monkeypatch) -> list[int]:
+    """Positions of all decoder steps made."""
+    decoder, positions = engine.model.image_decoder, []
+    original = decoder.step
+    monkeypatch.setattr(
+        decoder, "step", lambda t, position, c: (positions.append(position), original(t, position, c))[1]
+    )
+    return positions
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("seed", [7, 123_456])
+def test_picture_i_is_the_only_picture_of_seed_plus_i(engine, seed, guidance):
+    alone = [draw(engine, n=1, seed=seed + i, guidance_scale=guidance)[0] for i in range(5)]
+    assert len(set(alone)) == 5
+    for n in (1, 2, 4, 5):
+        assert draw(engine, n=n, seed=seed, guidance_scale=guidance) == alone[:n]
+
+
+@pytest.fixture(scope="module")
+def nano_sized(engine) -> DalleEngine:
+    """Random weights in the sizes that are shipped, where matrix products take other code paths than in tiny ones."""
+    torch.manual_seed(4)
+    preset = PRESETS["nano"]
+    config = DalleConfig(preset.vqgan, preset.text_encoder, preset.image_decoder)
+    parts = VQGAN(config.vqgan), TextEncoder(config.text_encoder), ImageDecoder(config.image_decoder)
+    for part in parts:
+        part.eval().requires_grad_(False)
+    for parameter in parts[2].parameters():
+        parameter.data.mul_(2 if parameter.ndim >= 2 else 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "has_native_bf16", lambda: False)
+        return DalleEngine(Dalle(config, engine.model.tokenizer, *parts, name="random"))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_same_in_the_sizes_that_are_shipped(nano_sized, guidance):
+    alone = [draw(nano_sized, n=1, seed=5 + i, guidance_scale=guidance)[0] for i in range(3)]
+    assert len(set(alone)) == 3
+    for n in (2, 3):
+        assert draw(nano_sized, n=n, seed=5, guidance_scale=guidance) == alone[:n]
+    assert draw(nano_sized, n=9, seed=5, guidance_scale=guidance)[:3] == alone
+
+
+def reference(engine: DalleEngine, params: GenerateParams, seed: int) -> torch.Tensor:
+    """Tokens (N,) of one picture, slowly: the whole sequence again for each token, and an inverse CDF by hand."""
+    model, codes = engine.model, engine.config.vqgan.codebook_size
+
+    def logits(prompt: str, tokens: list[int]) -> torch.Tensor:
+        ids = model.tokenizer.batch([prompt], engine.config.text_encoder.length)
+        padded = torch.tensor([tokens + [0] * (LENGTH - len(tokens))])
+        mask = ids != PAD
+        return model.image_decoder(padded, model.text_encoder(ids, mask), mask)[0, len(tokens), :codes].double()
+
+    uniforms = torch.rand(LENGTH, generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens: list[int] = []
+    for uniform in uniforms:
+        guided = logits(params.prompt, tokens)
+        if params.guidance_scale != 1:
+            empty = logits("", tokens)
+            guided = empty + params.guidance_scale * (guided - empty)
+        probs = torch.softmax(guided / params.temperature, -1)
+        if params.top_k:
+            probs[probs < probs.sort(descending=True).values[params.top_k - 1]] = 0
+        probs /= probs.sum()
+        mass = 0.0
+        for token, share in sorted(enumerate(probs.tolist()), key=lambda pair: -pair[1]):
+            if mass >= params.top_p:
+                probs[token] = 0
+            mass += share
+        probs /= probs.sum()
+        total, chosen = 0.0, None
+        for token, prob in enumerate(probs.tolist()):
+            total += prob
+            if total > uniform:
+                chosen = token
+                break
+        tokens.append(chosen)
+    return torch.tensor(tokens)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance_scale": 3.0},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "guidance_scale": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prompt", [PROMPT, "一只小狗"])
+def test_draws_what_an_independent_slow_sampler_draws(engine, monkeypatch, settings, prompt):
+    params = GenerateParams(prompt, n=2, seed=11, **settings)
+    decoded = []
+    blank = [Image.new("RGB", (1, 1))] * 2
+    monkeypatch.setattr(engine, "_finish", lambda tokens: decoded.append(tokens.clone()) or blank)
+    finish(engine, params)
+    for i, tokens in enumerate(decoded[0]):
+        assert torch.equal(tokens, reference(engine, params, 11 + i))
+
+
+def test_pictures_are_the_decoded_tokens(engine, monkeypatch):
+    tokens = []
+    original = engine._finish
+    monkeypatch.setattr(engine, "_finish", lambda found: tokens.append(found.clone()) or original(found))
+    last = finish(engine, GenerateParams(PROMPT, n=2, seed=3))
+    vqgan = engine.model.vqgan
+    for picture, row in zip(last.images, tokens[0], strict=True):
+        assert picture.tobytes() == to_pil(vqgan.decode(vqgan.lookup(row[None])))[0].tobytes()
+
+
+def test_updates_have_their_full_length_from_the_first(engine):
+    grid, side = engine.config.vqgan.grid, engine.config.vqgan.image_size
+    updates = list(engine.generate(GenerateParams(PROMPT, n=3, seed=40)))
+    assert [update.step for update in updates] == [grid * (i + 1) for i in range(grid)]
+    for update in updates:
+        assert update.total == LENGTH
+        assert update.seeds == [40, 41, 42]
+        assert len(update.images) == 3
+        assert all(isinstance(picture, Image.Image) and picture.size == (side, side) for picture in update.images)
+    assert [update.final for update in updates] == [False] * (grid - 1) + [True]
+
+
+def test_previews_show_filler_where_nothing_is_drawn(engine, monkeypatch):
+    seen = []
+    original = engine.model.vqgan.lookup
+    monkeypatch.setattr(engine.model.vqgan, "lookup", lambda tokens: seen.append(tokens.clone()) or original(tokens))
+    list(engine.generate(GenerateParams(PROMPT, n=1, seed=1)))
+    grid, final = engine.config.vqgan.grid, seen[-1]
+    for row, preview in enumerate(seen[:-1], start=1):
+        assert torch.equal(preview[:, : row * grid], final[:, : row * grid])
+        assert preview[:, row * grid :].eq(engine.config.filler).all()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_stop_ends_within_one_step(engine, spy, after):
+    stop = threading.Event()
+    updates = engine.generate(GenerateParams(PROMPT, n=2, seed=1), stop)
+    for _ in range(after):
+        next(updates)
+    made = len(spy)
+    stop.set()
+    assert list(updates) == []
+    assert len(spy) <= made + 1
+    assert is_free(engine)
+
+
+def test_stop_is_seen_between_updates(engine, monkeypatch):
+    """A row of a large model takes seconds: the flag is read after each token, not after each row."""
+    stop, positions = threading.Event(), []
+    decoder, original = engine.model.image_decoder, engine.model.image_decoder.step
+
+    def step(tokens, position, cache):
+        positions.append(position)
+        if position == 1:
+            stop.set()
+        return original(tokens, position, cache)
+
+    monkeypatch.setattr(decoder, "step", step)
+    assert list(engine.generate(GenerateParams(PROMPT, n=1, seed=1), stop)) == []
+    assert len(positions) <= 3
+
+
+def test_closing_the_iterator_frees_the_lock(engine, spy):
+    updates = engine.generate(GenerateParams(PROMPT, n=1, seed=1))
+    next(updates)
+    made = len(spy)
+    updates.close()
+    assert len(spy) <= made + 1
+    assert is_free(engine)
+
+
+def test_an_error_frees_the_lock(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_preview", lambda tokens: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(engine.generate(GenerateParams(PROMPT, n=1, seed=1)))
+    assert is_free(engine)
+
+
+def test_an_iterator_that_is_never_started_holds_nothing(engine):
+    waiting = engine.generate(GenerateParams(PROMPT, n=1, seed=1))
+    assert is_free(engine)
+    waiting.close()
+
+
+def test_two_threads_draw_what_each_would_draw_alone(engine):
+    requests = [("a red apple", 100), ("a black cat on a blue background", 200)]
+    alone = [draw(engine, prompt, n=2, seed=seed) for prompt, seed in requests]
+    together: list = [None, None]
+    gate = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        gate.wait()
+        together[i] = draw(engine, requests[i][0], n=2, seed=requests[i][1])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert together == alone
+
+
+def test_global_state_is_untouched(engine):
+    """Python's own generator is left out here, since the type checks of the tests draw from it."""
+    before = bytes(torch.get_rng_state()), str(np.random.get_state())  # noqa: NPY002
+    for _ in engine.generate(GenerateParams(PROMPT, n=2)):
+        assert torch.is_grad_enabled()  # also between updates, when the caller has the thread
+        assert not torch.is_inference_mode_enabled()
+    assert (bytes(torch.get_rng_state()), str(np.random.get_state())) == before  # noqa: NPY002
+
+
+def test_global_state_decides_nothing(engine):
+    pictures, seeds = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        pictures.append(draw(engine, n=1, seed=5))
+    for _ in range(2):
+        random.seed(1)
+        torch.manual_seed(1)
+        seeds.append(finish(engine, GenerateParams(PROMPT, n=1)).seeds)
+    assert pictures[0] == pictures[1]
+    assert seeds[0] != seeds[1]  # a blank seed is fresh even after someone has seeded the process
+
+
+def test_blank_seed_is_drawn_reported_and_reproduces(engine):
+    first, second = (finish(engine, GenerateParams(PROMPT, n=2)) for _ in range(2))
+    assert first.seeds != second.seeds
+    for update in (first, second):
+        assert update.seeds[1] == update.seeds[0] + 1
+        assert 0 <= update.seeds[0] <= MAX_SEED - 1
+        again = draw(engine, n=2, seed=update.seeds[0])
+        assert again == [picture.tobytes() for picture in update.images]
+
+
+def test_prompts_draw_different_pictures(engine):
+    prompts = ["a red apple", "a house, flat style", "一只小狗", "红色背景的汽车", "🍕"]
+    assert len({draw(engine, prompt, n=1, seed=1, guidance_scale=4)[0] for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 0.3), ("top_k", 2), ("top_p", 0.2), ("guidance_scale", 6.0), ("seed", 9)]
+)
+def test_every_setting_changes_the_picture(engine, field, value):
+    settings = {"n": 1, "seed": 1}
+    assert draw(engine, **settings) != draw(engine, **(settings | {field: value}))
+
+
+def test_settings_reach_the_sampler_as_given(engine, monkeypatch):
+    calls = {}
+
+    def note(tokens_of, name):
+        def wrapped(*args, **options):
+            calls[name] = args
+            return tokens_of(*args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(engines, "sample", note(engines.sample, "sample"))
+    monkeypatch.setattr(engines, "guide", note(engines.guide, "guide"))
+    finish(engine, GenerateParams(PROMPT, n=3, seed=1, temperature=0.7, top_k=9, top_p=0.8, guidance_scale=2.5))
+    _, uniforms, bos, *rest = calls["sample"]
+    assert uniforms.shape == (3, LENGTH)
+    assert bos == engine.config.image_decoder.bos
+    assert rest == [0.7, 9, 0.8]
+    assert calls["guide"][2] == 2.5
+
+
+def test_guidance_of_one_skips_the_empty_prompt(engine, monkeypatch):
+    monkeypatch.setattr(engines, "guide", lambda *_: pytest.fail("guided although guidance is off"))
+    finish(engine, GenerateParams(PROMPT, n=4, seed=1, guidance_scale=1))
+
+
+def test_defaults_of_the_model_are_used_unless_given(engine):
+    params = engine.params(PROMPT)
+    assert (params.temperature, params.guidance_scale) == (0.9, 2.0)  # written into config.json by conftest
+    assert params.top_p == 1.0
+    params = engine.params(PROMPT, temperature=0.4, n=2)
+    assert (params.temperature, params.guidance_scale, params.n) == (0.4, 2.0, 2)
+
+
+def test_says_what_was_left_out_of_a_long_prompt(engine):
+    assert engine.left_out(PROMPT) is None
+    notice = engine.left_out("zyxwvut " * 20)
+    assert str(engine.config.text_encoder.length) in notice
+    words = "qzxv " * 30
+    assert draw(engine, words, n=1, seed=1) == draw(engine, words + "apple", n=1, seed=1)
+
+
+def test_bf16_engine_draws(nano_folder, monkeypatch):
+    monkeypatch.setattr(engines, "has_native_bf16", lambda: True)
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(engines, "_seconds_per_step", lambda decoder, dtype: seconds[dtype])
+    engine = DalleEngine.load(str(nano_folder))
+    assert engine.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in engine.model.image_decoder.parameters()} == {torch.bfloat16}
+    assert len(draw(engine, n=2, seed=1, guidance_scale=2)) == 2
+
+
+def test_fp32_is_kept_where_bf16_gains_nothing(nano_folder, monkeypatch):
+    monkeypatch.setattr(engines, "has_native_bf16", lambda: True)
+    original = engines._seconds_per_step
+    seconds = {torch.float32: 1.0, torch.bfloat16: 2.0}
+    monkeypatch.setattr(
+        engines, "_seconds_per_step", lambda decoder, dtype: (original(decoder, dtype), seconds[dtype])[1]
+    )
+    engine = DalleEngine.load(str(nano_folder))
+    assert engine.dtype == torch.float32
+    for part in (engine.model.image_decoder, engine.model.text_encoder, engine.model.vqgan):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+def test_takes_the_fastest_number_of_threads(nano_folder, monkeypatch):
+    monkeypatch.setattr(engines, "has_native_bf16", lambda: False)
+    monkeypatch.setattr(engines, "_thread_counts", lambda: [1, 2])
+    for fastest in (1, 2):
+        monkeypatch.setattr(
+            engines, "_seconds_per_step", lambda *_, best=fastest: 1.0 if torch.get_num_threads() == best else 2.0
+        )
+        assert DalleEngine.load(str(nano_folder)).threads == fastest
+
+
+def test_a_given_number_of_threads_is_kept(nano_folder, monkeypatch):
+    monkeypatch.setattr(engines, "has_native_bf16", lambda: False)
+    monkeypatch.setattr(DalleEngine, "_fastest_threads", lambda self: pytest.fail("measured although given"))
+    engine = DalleEngine.load(str(nano_folder), threads=1)
+    assert engine.threads == 1
+    torch.set_num_threads(2)
+    draw(engine, n=1, seed=1)
+    assert torch.get_num_threads() == 1  # whoever drew last, each engine draws with its own number
+
+
+def test_thread_counts_end_at_the_cores_of_this_process(monkeypatch):
+    for cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])):
+        monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert engines._thread_counts() == expected

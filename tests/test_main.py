@@ -1,0 +1,245 @@
+"""The command line: files with telling names, one bad prompt does not stop the others, any picture can be repeated."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_demo import engines
+from dalle_demo.__main__ import main, parser
+from dalle_demo.config import MAX_SEED, GenerateParams
+from dalle_demo.images import grid, read_request
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMERIC = [spec for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
+
+
+@pytest.fixture
+def real_loading() -> None:
+    """Ask for this to load weights instead of sharing an engine."""
+
+
+@pytest.fixture(autouse=True)
+def one_engine(engine, monkeypatch, request):
+    """Commands share the session's engine, except where loading is what is tested."""
+    if "real_loading" not in request.fixturenames:
+        monkeypatch.setattr(engines.DalleEngine, "load", classmethod(lambda cls, *_, **__: engine))
+
+
+def generate(out: Path, *arguments: str) -> list[str]:
+    """Names of the files that a successful `generate` leaves in `out`."""
+    assert main(["generate", *arguments, "--out", str(out)]) == 0
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_files_are_named_by_line_prompt_and_seed(tmp_path, capsys):
+    names = generate(tmp_path / "new" / "out", "A red apple!", "--n", "2", "--seed", "9")
+    assert names == ["001-a-red-apple-10.png", "001-a-red-apple-9.png"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [str(tmp_path / "new" / "out" / f"001-a-red-apple-{seed}.png") for seed in (9, 10)]
+
+
+def test_files_tell_how_they_were_made(tmp_path, engine):
+    generate(tmp_path, "一只小狗 🍕", "--n", "2", "--seed", "9", "--temperature", "0.5", "--top-k", "7")
+    for seed in (9, 10):
+        (path,) = tmp_path.glob(f"001-一只小狗-{seed}.png")
+        request, origin = read_request(path)
+        expected = {
+            "prompt": "一只小狗 🍕",
+            "n": 1,
+            "seed": seed,
+            "temperature": 0.5,
+            "top_k": 7,
+            "guidance_scale": 2.0,
+        }
+        assert expected.items() <= request.items()  # guidance 2 is the default of this model
+        assert origin.keys() == engine.origin.keys()
+        assert (origin["model"], origin["steps"]) == (engine.name, 16)
+
+
+@pytest.mark.parametrize("prompt", ["🍕🍕", "../../etc/passwd", "a/b\\c:d*e", "x" * 300, "CON", "..."])
+def test_no_prompt_escapes_its_folder(tmp_path, prompt):
+    out = tmp_path / "out"
+    main(["generate", prompt, "--n", "1", "--seed", "1", "--out", str(out)])
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    for path in out.iterdir():
+        assert path.is_file()
+        assert len(path.name.encode()) < 255
+
+
+def test_blank_seed_is_written_down(tmp_path):
+    (name,) = generate(tmp_path, "a cat", "--n", "1")
+    assert name == f"001-a-cat-{read_request(tmp_path / name)[0]['seed']}.png"
+
+
+def test_prompts_from_a_file(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\n\n   \n  a black cat  \r\n一只小狗", encoding="utf-8")
+    names = generate(tmp_path / "out", "--prompts", str(prompts), "--n", "1", "--seed", "3")
+    assert names == ["001-a-red-apple-3.png", "004-a-black-cat-3.png", "005-一只小狗-3.png"]
+
+
+def test_prompts_from_standard_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red apple\n\na cat\n"))
+    names = generate(tmp_path, "--prompts", "-", "--n", "1", "--seed", "3")
+    assert names == ["001-a-red-apple-3.png", "003-a-cat-3.png"]
+
+
+def test_a_bad_line_is_reported_and_the_others_are_drawn(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\n!!!\n" + "y" * 2000 + "\na cat\n")
+    status = main(["generate", "--prompts", str(prompts), "--n", "1", "--seed", "3", "--out", str(tmp_path / "out")])
+    assert status == 2
+    assert sorted(path.name[:3] for path in (tmp_path / "out").iterdir()) == ["001", "004"]
+    errors = capsys.readouterr().err.splitlines()
+    assert [line[:15] for line in errors] == ["line 2: prompt:", "line 3: prompt:"]
+
+
+def test_a_cut_prompt_is_drawn_with_a_notice(tmp_path, capsys):
+    generate(tmp_path, "zyxwvut " * 20, "--n", "1")
+    assert "left out" in capsys.readouterr().err
+
+
+def test_grid_is_one_more_file(tmp_path):
+    names = generate(tmp_path, "a cat", "--n", "3", "--seed", "5", "--grid")
+    assert names == ["001-a-cat-5-grid.png", "001-a-cat-5.png", "001-a-cat-6.png", "001-a-cat-7.png"]
+    pictures = [Image.open(tmp_path / f"001-a-cat-{seed}.png") for seed in (5, 6, 7)]
+    with Image.open(tmp_path / names[0]) as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(grid(pictures)))
+    request, _ = read_request(tmp_path / names[0])
+    assert (request["n"], request["seed"]) == (3, 5)
+
+
+def test_again_makes_the_identical_file(tmp_path):
+    settings = ["--temperature", "0.7", "--top-p", "0.8", "--guidance-scale", "3"]
+    names = generate(tmp_path / "first", "a red apple 🍕", "--n", "3", *settings)
+    for name in names:
+        again = generate(tmp_path / name, "--again", str(tmp_path / "first" / name))
+        assert again == [name]
+        assert (tmp_path / name / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_again_with_a_flag_changes_only_that(tmp_path):
+    (name,) = generate(tmp_path / "first", "a cat", "--n", "1", "--seed", "4", "--top-k", "9")
+    (again,) = generate(tmp_path / "again", "--again", str(tmp_path / "first" / name), "--seed", "5")
+    old, new = read_request(tmp_path / "first" / name)[0], read_request(tmp_path / "again" / again)[0]
+    assert new == old | {"seed": 5}
+
+
+def test_again_of_a_foreign_picture(tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    assert main(["generate", "--again", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 2
+    assert "photo.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("request_", [{"prompt": "a cat", "style": "x"}, {"seed": 3}, {}])
+def test_again_of_another_version(tmp_path, capsys, request_):
+    """Settings that this version does not know, or lacks, are one sentence and no traceback."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_text("dalle_demo", json.dumps({"model": "nano", "request": request_}))
+    Image.new("RGB", (4, 4)).save(tmp_path / "later.png", pnginfo=chunks)
+    assert main(["generate", "--again", str(tmp_path / "later.png"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a cat", "--prompts", "-"], ["a cat", "--again", "x.png"], ["--prompts", "-", "--again", "x.png"]],
+)
+def test_one_source_of_prompts(tmp_path, capsys, arguments):
+    assert main(["generate", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "--prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["no such file.txt", "."])
+def test_unreadable_prompts(tmp_path, capsys, path):
+    assert main(["generate", "--prompts", str(tmp_path / path), "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("real_loading")
+def test_unknown_preset(tmp_path, capsys):
+    assert main(["generate", "a cat", "--preset", "gigantic", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "gigantic" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("real_loading")
+def test_draws_from_a_folder_of_weights(tmp_path, nano_folder):
+    assert generate(tmp_path, "a cat", "--preset", str(nano_folder), "--n", "1", "--seed", "2") == ["001-a-cat-2.png"]
+
+
+@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
+def test_every_setting_has_a_flag_that_arrives(tmp_path, engine, monkeypatch, spec):
+    values = {"n": 3, "seed": 77, "temperature": 0.35, "top_k": 12, "top_p": 0.55, "guidance_scale": 4.5}
+    assert set(values) == {spec.name for spec in NUMERIC}, "a new setting: give it a value here"
+    seen = []
+    original = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda params: seen.append(params) or original(params))
+    flag = "--" + spec.name.replace("_", "-")
+    generate(tmp_path, "a cat", flag, str(values[spec.name]), "--seed", "77")
+    assert getattr(seen[0], spec.name) == values[spec.name]
+    help_text = parser()._subparsers._group_actions[0].choices["generate"].format_help()
+    assert flag in help_text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--n", "0"), ("--n", "99"), ("--temperature", "nan"), ("--top-p", "7"), ("--seed", str(MAX_SEED))],
+)
+def test_settings_out_of_range(tmp_path, capsys, flag, value):
+    assert main(["generate", "a cat", "--out", str(tmp_path), flag, value]) == 2
+    assert f"{flag[2:].replace('-', '_')}: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["dalle", "--steps", "1"], "--vqgan"),
+        (["vqgan"], "--steps"),
+        (["vqgan", "--steps", "1", "--minutes", "1"], "--steps"),
+        (["vqgan", "--steps", "1", "--preset", "gigantic"], "nano"),
+        (["vqgan", "--steps", "1"], "pairs.jsonl"),
+    ],
+)
+def test_train_says_what_is_missing(tmp_path, capsys, arguments, word):
+    (tmp_path / "images.npy").touch()
+    status = main(["train", *arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert status == 2
+    assert word in capsys.readouterr().err
+
+
+def test_data_builds_a_set(tmp_path, capsys):
+    packages = Path(__file__).parent / "fixtures" / "npm"
+    assert main(["data", "emoji", "--packages", str(packages), "--out", str(tmp_path / "set")]) == 0
+    assert capsys.readouterr().out == (tmp_path / "set" / "report.txt").read_text(encoding="utf-8")
+    assert main(["data", "emoji", "--packages", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert "missing" in capsys.readouterr().err
+
+
+def run_help(*arguments: str) -> subprocess.CompletedProcess:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['dalle_demo', *{arguments!r}, '--help']\n"
+        "try:\n    runpy.run_module('dalle_demo', run_name='__main__')\n"
+        "finally:\n    print([name for name in ('torch', 'gradio', 'tokenizers') if name in sys.modules])"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [(), ("generate",), ("train",), ("data",)])
+def test_help_loads_nothing_heavy(command):
+    done = run_help(*command)
+    assert "usage:" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,464 @@
+"""Training goes on where it was broken off, to the bit; makes the same data in any number of processes; and learns."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+from train_tiny import BATCH, make_plan, make_stage
+
+from dalle_demo.engines import DalleEngine
+from dalle_demo.training import loop, stages
+from dalle_demo.training.loop import Plan, Workers, make_optimizer, schedule, train, update_ema
+from dalle_demo.training.losses import PerceptualLoss, distillation_loss, token_loss
+from dalle_demo.weights import load_part, load_tokenizer
+
+DRIVER = Path(__file__).with_name("train_tiny.py")
+ALONE = Workers()
+ALONE.count, ALONE.rank = 1, 0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over several threads may be added up in another order; the processes started here use one as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def stage_of(data_folder, nano_folder):
+    """Maker of makers: name, out -> what `train` takes."""
+    return lambda name, out, trace=None: make_stage(name, data_folder, out, nano_folder, trace)
+
+
+def read_log(out: Path, key: str = "loss") -> list[dict]:
+    """Lines of the log that hold a figure."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def checkpoint(out: Path) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, averages, optimizer and logged losses are equal to the bit."""
+    first, second = checkpoint(one), checkpoint(other)
+    assert first["step"] == second["step"]
+    for part in ("network", "ema"):
+        assert list(first[part]) == list(second[part])
+        for key, value in first[part].items():
+            assert torch.equal(value, second[part][key]), f"{part}: {key}"
+    for index, state in first["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][key])
+    clocks = {"seconds", "images_per_second"}
+    logs = [[{k: v for k, v in line.items() if k not in clocks} for line in read_log(out)] for out in (one, other)]
+    assert logs[0] == logs[1]
+    assert (one / "weights/model.safetensors").read_bytes() == (other / "weights/model.safetensors").read_bytes()
+
+
+# schedule, average, optimizer, losses
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    assert schedule(0, 100, 0.0) == pytest.approx(0.01)
+    assert schedule(99, 100, 0.0) == pytest.approx(1)
+    assert schedule(5000, 100, 0.5) == pytest.approx(0.5)
+    assert schedule(5000, 100, 1.0) == pytest.approx(0)
+    rates = [schedule(step, 10, step / 100) for step in range(100)]
+    assert rates[:9] == sorted(rates[:9])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_average_starts_as_a_copy_and_follows_over_a_twentieth():
+    network, ema = nn.Linear(1, 1), nn.Linear(1, 1)
+    network.requires_grad_(False)
+    ema.requires_grad_(False)
+    for step in range(1, 3001):
+        network.weight.fill_(step)
+        update_ema(ema, network, step)
+        if step == 1:
+            assert torch.equal(ema.weight, network.weight)
+    # weights that grow like t average to t (gamma + 1) / (gamma + 2), that is they lag by a twentieth of the run
+    assert ema.weight.item() / 3000 == pytest.approx(17.97 / 18.97, rel=1e-3)
+
+
+def test_average_of_a_constant_is_the_constant():
+    network, ema = nn.Linear(3, 3), nn.Linear(3, 3)
+    for step in range(1, 50):
+        update_ema(ema.requires_grad_(False), network.requires_grad_(False), step)
+    torch.testing.assert_close(ema.weight, network.weight)
+
+
+def test_only_matrices_decay():
+    network = stages.VQGAN(tiny_config().vqgan)
+    network.encoder.requires_grad_(False)
+    decaying, free = make_optimizer(network, 1e-3).param_groups
+    assert decaying["weight_decay"] > 0
+    assert free["weight_decay"] == 0
+    assert all(parameter.ndim >= 2 for parameter in decaying["params"])
+    assert all(parameter.ndim == 1 for parameter in free["params"])
+    count = sum(len(group["params"]) for group in (decaying, free))
+    assert count == len([parameter for parameter in network.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 1, "minutes": 1.0}])
+def test_a_plan_has_one_end(settings):
+    with pytest.raises(ValueError, match="--steps or --minutes"):
+        Plan(4, 1e-3, **settings)
+
+
+def test_token_loss_is_in_nats_a_token():
+    logits = torch.zeros(2, 3, 10)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert token_loss(logits, tokens).item() == pytest.approx(math.log(10))
+    logits[0, 1, 2] = 5.0
+    expected = -logits.log_softmax(-1).gather(2, tokens[:, :, None]).mean()
+    assert token_loss(logits, tokens).item() == pytest.approx(expected.item())
+
+
+def test_distillation_loss_is_one_minus_the_cosine():
+    a = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    b = torch.tensor([[1.0, 0.0], [-2.0, -2.0]])
+    assert distillation_loss(a, b).item() == pytest.approx((0 + 2) / 2)
+
+
+def test_perceptual_loss_sees_differences_and_is_not_trained():
+    loss = PerceptualLoss(64)
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
+    assert not loss.training
+    ours = torch.rand(2, 3, 80, 80) * 2 - 1
+    real = ours.clone()
+    assert loss(ours, real, 8, 8).item() == pytest.approx(0, abs=1e-6)
+    real[:, :, :4, :4] += 0.5  # outside the crop
+    assert loss(ours, real, 16, 16).item() == pytest.approx(0, abs=1e-6)
+    ours.requires_grad_(True)
+    value = loss(ours, -real, 16, 16)
+    value.backward()
+    assert value.item() > 0.01
+    assert ours.grad[:, :, 16:, 16:].abs().sum() > 0
+    assert ours.grad[:, :, :16].abs().sum() == 0
+
+
+# data
+
+
+def test_each_pass_over_the_data_is_another_permutation():
+    indices = np.array([3, 5, 7, 11, 13])
+    passes = [stages.shuffled(indices, 0, range(5 * i, 5 * i + 5)).tolist() for i in range(4)]
+    assert all(sorted(one) == indices.tolist() for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+    assert stages.shuffled(indices, 0, range(3, 8)).tolist() == passes[0][3:] + passes[1][:3]
+    assert stages.shuffled(indices, 1, range(20)).tolist() != stages.shuffled(indices, 0, range(20)).tolist()
+
+
+@pytest.mark.parametrize("name", ["vqgan", "dalle"])
+def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, tmp_path, name):
+    stage = stage_of(name, tmp_path)(ALONE)
+    torch.manual_seed(1)
+    whole = stage.batch(range(8, 16))
+    torch.manual_seed(2)  # global state decides nothing
+    np.random.seed(2)  # noqa: NPY002
+    parts = [stage.batch(range(8 + i, 8 + i + 2)) for i in (0, 2, 4, 6)]
+    for key, value in whole.items():
+        if isinstance(value, torch.Tensor) and key != "text_ids":
+            assert torch.equal(torch.cat([part[key] for part in parts]), value), key
+    assert stage.batch(range(16, 24)).keys() == whole.keys()
+    first = "pixels" if name == "vqgan" else "image_tokens"
+    assert not torch.equal(stage.batch(range(16, 24))[first], whole[first])
+
+
+def test_vqgan_samples_are_pictures_in_range(stage_of, tmp_path):
+    stage = stage_of("vqgan", tmp_path)(ALONE)
+    pixels = stage.batch(range(32))["pixels"]
+    assert pixels.shape == (32, 3, 32, 32)
+    assert -1.01 < pixels.min() < pixels.max() < 1.01
+    corners = pixels[:, :, 0, 0]
+    white = (corners > 0.99).all(1)
+    assert 4 < white.sum() < 28  # white and coloured backgrounds
+
+
+def test_dalle_samples_drop_captions_and_disturb_inputs(stage_of, tmp_path):
+    stage = stage_of("dalle", tmp_path)(ALONE)
+    batch = stage.batch(range(400))
+    empty = (batch["text_ids"] != 1).sum(1) == 2  # only <s> </s>
+    assert 0.05 < empty.float().mean() < 0.16
+    wrong = batch["inputs"] != batch["image_tokens"]
+    assert 0.07 < wrong.float().mean() < 0.13
+    assert batch["image_tokens"].max() < stage.config.vqgan.codebook_size
+    assert batch["inputs"].max() < stage.config.vqgan.codebook_size
+
+
+def test_dalle_never_trains_on_held_out_drawings(stage_of, tmp_path):
+    stage = stage_of("dalle", tmp_path)(ALONE)
+    seen = set(stages.shuffled(stage.training, 0, range(500)).tolist())
+    assert len(stage.held_out)
+    assert not seen & set(stage.held_out.tolist())
+    assert len(seen) + len(stage.held_out) == len(stage.pairs)
+
+
+def test_dalle_targets_are_the_tokens_of_the_renders(stage_of, tmp_path):
+    stage = stage_of("dalle", tmp_path)(ALONE)
+    pixels = stages.plain_render(stage.pairs, np.arange(5), 32)
+    assert np.array_equal(stage.vqgan.encode(pixels).numpy(), stage.tokens[:5, 0])
+    assert stage.tokens.shape == (24, 3, 16)
+    assert (stage.tokens[:, 0] != stage.tokens[:, 2]).any()
+
+
+def test_cache_is_computed_once_and_only_kept_whole(tmp_path):
+    path = tmp_path / "numbers.npy"
+    with pytest.raises(ZeroDivisionError):
+        stages.shared_cache(path, 5, lambda rows: 1 / 0, ALONE)
+    assert not path.exists()
+    first = stages.shared_cache(path, 5, lambda rows: np.array(rows) * 2, ALONE)
+    again = stages.shared_cache(path, 5, lambda rows: pytest.fail("computed twice"), ALONE)
+    assert first.tolist() == again.tolist() == [0, 2, 4, 6, 8]
+    assert [file.name for file in tmp_path.iterdir()] == ["numbers.npy"]
+
+
+# whole runs
+
+
+@pytest.mark.parametrize("name", ["vqgan", "dalle"])
+def test_loss_goes_down_and_weights_come_out(stage_of, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    train(stage_of(name, tmp_path), make_plan(60), tmp_path)
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert [line["step"] for line in read_log(tmp_path)] == list(range(2, 61, 2))
+    if name == "vqgan":
+        assert load_part(tmp_path / "weights", "vqgan").encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+        assert read_log(tmp_path, "validation_psnr")[-1]["validation_code_perplexity"] >= 1
+    else:
+        assert read_log(tmp_path, "validation_loss")[-1]["validation_loss"] > 0
+        engine = DalleEngine.load(str(tmp_path / "weights"))
+        *_, last = engine.generate(engine.params("red box", n=1, seed=1))
+        assert last.images[0].size == (32, 32)
+
+
+def test_exports_the_average_and_not_the_last_weights(stage_of, tmp_path):
+    train(stage_of("vqgan", tmp_path), make_plan(6), tmp_path)
+    exported = load_part(tmp_path / "weights", "vqgan").state_dict()
+    state = checkpoint(tmp_path)
+    assert any(not torch.equal(state["ema"][key], state["network"][key]) for key in state["ema"])
+    for key, value in exported.items():
+        assert torch.equal(value, state["ema"][f"vqgan.{key}"].half().float()), key
+
+
+def test_perceptual_network_is_in_no_checkpoint(stage_of, tmp_path):
+    stage = stage_of("vqgan", tmp_path)(ALONE)
+    assert all(key.startswith("vqgan.") for key in stage.network.state_dict())
+
+
+class Killed(BaseException):
+    """Stands for a kill between two steps."""
+
+
+@pytest.mark.parametrize("name", ["vqgan", "dalle"])
+def test_a_broken_run_ends_as_an_unbroken_one(stage_of, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 3)
+    plan, often = make_plan(14), make_plan(14, checkpoint_minutes=0)
+    train(stage_of(name, tmp_path / "whole"), plan, tmp_path / "whole")
+
+    def breaking(at: int):
+        def make(workers):
+            stage = stage_of(name, tmp_path / "broken")(workers)
+            original = stage.batch
+
+            def batch(samples):
+                if samples[0] // BATCH == at:
+                    raise Killed
+                return original(samples)
+
+            stage.batch = batch
+            return stage
+
+        return make
+
+    for at in (4, 9):
+        with pytest.raises(Killed):
+            train(breaking(at), often, tmp_path / "broken", resume=True)
+        assert checkpoint(tmp_path / "broken")["step"] == at
+    train(stage_of(name, tmp_path / "broken"), plan, tmp_path / "broken", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_lines_logged_after_the_last_checkpoint_are_dropped(stage_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    train(stage_of("dalle", tmp_path), make_plan(4), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "seconds": 1, "loss": 1}\n{"step": 6, "seco')
+    train(stage_of("dalle", tmp_path), make_plan(8), tmp_path, resume=True)
+    assert [line["step"] for line in read_log(tmp_path)] == list(range(1, 9))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_a_new_log(stage_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "seconds": 1, "loss": 1}\n{"step": 2, "sec')
+    train(stage_of("dalle", tmp_path), make_plan(3), tmp_path, resume=True)
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3]
+
+
+@pytest.fixture
+def start():
+    """Starter of processes that train a tiny stage; none of them outlives its test."""
+    started = []
+
+    def begin(*arguments, launcher=()) -> subprocess.Popen:
+        command = [sys.executable, *launcher, str(DRIVER), *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["vqgan", "dalle"])
+def test_a_killed_process_goes_on_to_the_bit(start, stage_of, data_folder, nano_folder, tmp_path, name):
+    """SIGKILL at a random moment: in a step, in validation, or in the middle of writing a checkpoint."""
+    out, steps = tmp_path / "killed", {"vqgan": 40, "dalle": 120}[name]
+    options = ["--data", data_folder, "--weights", nano_folder, "--out", out, "--steps", steps]
+    process = start(name, *options, "--checkpoint-minutes", "0")  # one after every step, so most kills hit one
+    wait_for(out / "checkpoint.pt", process)
+    time.sleep(random.uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < checkpoint(out)["step"] < steps
+    train(stage_of(name, out), make_plan(steps), out, resume=True)
+    train(stage_of(name, tmp_path / "whole"), make_plan(steps), tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", out)
+    assert not list(out.rglob("*.part"))
+
+
+def test_two_processes_see_the_data_that_one_sees(start, stage_of, data_folder, nano_folder, tmp_path):
+    out, steps = tmp_path / "two", 12
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--data", data_folder, "--weights", nano_folder, "--out", out, "--steps", steps]
+    process = start("dalle", *options, "--trace", tmp_path / "two.trace", launcher=launcher)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    train(stage_of("dalle", tmp_path / "one", tmp_path / "one.trace"), make_plan(steps), tmp_path / "one")
+
+    def samples(*paths: Path) -> dict[int, str]:
+        lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+        assert len(dict(lines)) == len(lines), "a sample was made twice"
+        return dict(lines)
+
+    together = samples(tmp_path / "two.0", tmp_path / "two.1")
+    assert together == samples(tmp_path / "one.0")
+    assert sorted(together) == list(range(steps * BATCH))
+    initial = stage_of("dalle", tmp_path / "one")(ALONE).network.state_dict()
+    one, two = checkpoint(tmp_path / "one"), checkpoint(out)
+    assert one["step"] == two["step"] == steps
+    way = sum((one["network"][key] - value).pow(2).sum() for key, value in initial.items()).sqrt()
+    apart = sum((one["network"][key] - two["network"][key]).pow(2).sum() for key in initial).sqrt()
+    assert apart < 0.02 * way  # the mean gradient of two halves is that of the whole, but for rounding
+    validation = [read_log(folder, "validation_loss")[-1]["validation_loss"] for folder in (tmp_path / "one", out)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(stage_of, tmp_path, number):
+    def make(workers):
+        stage = stage_of("dalle", tmp_path)(workers)
+        original = stage.batch
+
+        def batch(samples):
+            if samples[0] == 7 * BATCH:
+                os.kill(os.getpid(), number)
+            return original(samples)
+
+        stage.batch = batch
+        return stage
+
+    before = signal.getsignal(number)
+    train(make, make_plan(1000), tmp_path)
+    assert checkpoint(tmp_path)["step"] == 8
+    assert (tmp_path / "weights" / "config.json").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_deadline_ends_the_run(stage_of, tmp_path):
+    plan = Plan(BATCH, 1e-3, minutes=0.01, warmup=2, precision="fp32")
+    started = time.monotonic()
+    train(stage_of("dalle", tmp_path), plan, tmp_path)
+    assert time.monotonic() - started < 60
+    assert checkpoint(tmp_path)["seconds"] >= 0.6
+    step = checkpoint(tmp_path)["step"]
+    train(stage_of("dalle", tmp_path), plan, tmp_path, resume=True)  # the time is used up
+    assert checkpoint(tmp_path)["step"] == step
+
+
+def test_does_not_write_over_another_run(stage_of, tmp_path):
+    train(stage_of("dalle", tmp_path), make_plan(1), tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="--resume"):
+        train(stage_of("dalle", tmp_path), make_plan(2), tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_batch_must_divide_among_processes(stage_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workers, "__enter__", lambda self: (vars(self).update(count=3, rank=0), self)[1])
+    monkeypatch.setattr(Workers, "__exit__", lambda *_: None)
+    with pytest.raises(ValueError, match="--batch 4 cannot be divided among 3"):
+        train(stage_of("dalle", tmp_path), make_plan(1), tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(stage_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(stages, "token_loss", lambda logits, tokens: logits.sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 1.*learning-rate"):
+        train(stage_of("dalle", tmp_path), make_plan(3), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["vqgan", "dalle"])
+def test_small_data_sets_without_held_out_drawings(stage_of, tmp_path, name, monkeypatch):
+    """Fifty drawings or fewer may all fall on the training side; that is no reason to lose a run at its first save."""
+    everything = stages.pairs_data.split
+    monkeypatch.setattr(stages.pairs_data, "split", lambda data: (np.concatenate(everything(data)), np.array([], int)))
+    train(stage_of(name, tmp_path), make_plan(2), tmp_path)
+    assert checkpoint(tmp_path)["step"] == 2
+
+
+def test_text_stage_learns_from_the_real_teacher(stage_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 5)
+    train(stage_of("text", tmp_path), make_plan(50), tmp_path)
+    vectors = np.load(tmp_path / "teacher.npy")
+    assert vectors.shape[1] == stages.TEACHER_WIDTH
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-3)
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert -1 <= read_log(tmp_path, "validation_cosine")[-1]["validation_cosine"] <= 1
+    tokenizer, encoder = load_tokenizer(tmp_path / "weights"), load_part(tmp_path / "weights", "text_encoder")
+    ids = tokenizer.batch(["red box", "绿色盒子"], 16)
+    assert encoder(ids, ids != 1).shape == (2, ids.shape[1], 32)
+    monkeypatch.setattr(stages, "teach", lambda phrases: pytest.fail("the teacher was asked twice"))
+    train(stage_of("text", tmp_path), make_plan(51), tmp_path, resume=True)

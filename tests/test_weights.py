@@ -1,0 +1,265 @@
+"""A checkpoint is whole or refused, by the name of the file at fault; and writing one never harms the old one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS, save_tiny, tiny_config
+from safetensors.torch import load_file, save_file
+
+from dalle_demo import weights
+from dalle_demo.config import PARTS
+from dalle_demo.models.vqgan import VQGAN
+from dalle_demo.text import Tokenizer
+from dalle_demo.weights import WeightsError, load_dalle, load_part, load_tokenizer, save_parts, tensor_hash
+
+TENSOR = "image_decoder.norm_final.weight"
+
+
+@pytest.fixture
+def folder(nano_folder, tmp_path) -> Path:
+    """Checkpoint that may be harmed."""
+    return Path(shutil.copytree(nano_folder, tmp_path / "copy"))
+
+
+def refuse(folder: Path, *words: str) -> str:
+    """Message of the WeightsError that loading raises; it must hold these words."""
+    with pytest.raises(WeightsError) as caught:
+        load_dalle(str(folder))
+    for word in words:
+        assert word in str(caught.value)
+    return str(caught.value)
+
+
+def edit_config(folder: Path, change) -> None:
+    path = folder / "config.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def edit_tensors(folder: Path, change, rehash: bool) -> None:
+    """Change the stored tensors; with `rehash`, as by someone who keeps config.json in step."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    if rehash:
+        for part in PARTS:
+            own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+            edit_config(folder, lambda meta, part=part, own=own: meta["sha256"].update({part: tensor_hash(own)}))
+
+
+def test_round_trip_keeps_every_number(tmp_path):
+    torch.manual_seed(3)
+    config = tiny_config(quantizer="vq", levels=(), vq_size=40, vq_dim=8).vqgan
+    before = VQGAN(config)
+    save_parts(tmp_path / "new" / "deep", {"vqgan": config}, {"vqgan": before})
+    after = load_part(tmp_path / "new" / "deep", "vqgan")
+    assert list(after.state_dict()) == list(before.state_dict())
+    for key, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[key], value.half().float()), key
+    assert not after.training
+    assert all(parameter.dtype == torch.float32 and not parameter.requires_grad for parameter in after.parameters())
+    assert not any(value.is_meta for value in after.state_dict().values())
+    assert {path.name for path in (tmp_path / "new" / "deep").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_loads_what_was_saved(nano_folder):
+    model = load_dalle(str(nano_folder))
+    assert model.config == tiny_config()
+    assert model.name == nano_folder.name
+    assert model.tokenizer.encode(WORDS[0], 50) == load_tokenizer(nano_folder).encode(WORDS[0], 50)
+    stored = load_file(nano_folder / "model.safetensors")
+    for part in PARTS:
+        for key, value in getattr(model, part).state_dict().items():
+            assert torch.equal(value, stored.pop(f"{part}.{key}").float())
+    assert stored == {}
+
+
+def test_saving_twice_gives_the_same_files(tmp_path):
+    one, other = (save_tiny(tmp_path / name, tiny_config()) for name in ("one", "other"))
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_sizes_come_from_the_file_and_not_from_a_preset(tmp_path):
+    config = tiny_config(channels=8)
+    assert load_dalle(str(save_tiny(tmp_path / "a", config))).config == config
+
+
+@pytest.mark.parametrize("rehash", [False, True], ids=["as found", "with fresh hashes"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop(TENSOR),
+        lambda tensors: tensors.update({"image_decoder.extra.weight": torch.zeros(2)}),
+        lambda tensors: tensors.update({TENSOR: torch.zeros(7, dtype=torch.float16)}),
+        lambda tensors: tensors.update({TENSOR: torch.zeros(1, 48, dtype=torch.float16)}),
+        lambda tensors: tensors.update({TENSOR + "s": tensors.pop(TENSOR)}),
+    ],
+    ids=["missing", "extra", "misshapen", "one axis more", "renamed"],
+)
+def test_wrong_tensors(folder, change, rehash):
+    edit_tensors(folder, change, rehash)
+    message = refuse(folder, "model.safetensors")
+    if rehash:  # then the tensors themselves are compared, and the culprit has a name
+        assert "norm_final.weight" in message or "extra.weight" in message
+
+
+@pytest.mark.parametrize("name", ["upscaler.weight", "weight", "vqgan2.conv_in.weight"])
+def test_tensors_of_no_part(folder, name):
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(2)}), rehash=True)
+    refuse(folder, "model.safetensors", name)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_changed_number(folder, part):
+    def change(tensors):
+        key = next(key for key in tensors if key.startswith(part))
+        tensors[key].view(-1)[0] += 1
+
+    edit_tensors(folder, change, rehash=False)
+    refuse(folder, "model.safetensors", part, "sha256")
+
+
+def test_changed_type(folder):
+    """The same numbers in another format are another file than the one that was written."""
+    edit_tensors(folder, lambda tensors: tensors.update({TENSOR: tensors[TENSOR].float()}), rehash=False)
+    refuse(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0, 0.0001, 0.5, 0.999])
+def test_truncated_file(folder, share):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    refuse(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    refuse(folder, name, str(folder))
+
+
+def test_edited_tokenizer(folder):
+    """Ids would mean other words than those that were trained."""
+    Tokenizer.train(["something else entirely"], 300).save(folder / "tokenizer.json")
+    refuse(folder, "tokenizer", "sha256")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "1.0"}'])
+def test_damaged_tokenizer(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    refuse(folder, "tokenizer.json", str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "{}", '{"format": 1}', '{"format": 1, "parts": []}'])
+def test_damaged_config(folder, text):
+    (folder / "config.json").write_text(text)
+    refuse(folder, "config.json", str(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.update(format=2),
+        lambda meta: meta["parts"]["vqgan"].update(colour=3),
+        lambda meta: meta["parts"]["vqgan"].pop("channels"),
+        lambda meta: meta["parts"].update(vqgan=None),
+        lambda meta: meta.update(sha256={}),
+        lambda meta: meta.pop("sha256"),
+        lambda meta: meta["sha256"].pop("tokenizer"),
+        lambda meta: meta["parts"]["image_decoder"].update(width=64),
+    ],
+    ids=[
+        "format",
+        "unknown key",
+        "missing key",
+        "no part",
+        "no hashes",
+        "no table",
+        "no tokenizer hash",
+        "other width",
+    ],
+)
+def test_wrong_config(folder, change):
+    edit_config(folder, change)
+    refuse(folder, "config.json", str(folder))
+
+
+def test_parts_trained_apart_do_not_mix(folder, tmp_path):
+    """A decoder writes tokens of one tokenizer of pictures; with another it would draw noise."""
+    torch.manual_seed(9)
+    config = tiny_config()
+    save_parts(tmp_path / "other", {"vqgan": config.vqgan}, {"vqgan": VQGAN(config.vqgan)})
+    other = {key: value for key, value in load_file(tmp_path / "other" / "model.safetensors").items()}
+    edit_tensors(folder, lambda tensors: tensors.update(other), rehash=False)
+    refuse(folder, "vqgan")
+
+
+def test_vqgan_alone_is_no_dalle(tmp_path):
+    config = tiny_config().vqgan
+    save_parts(tmp_path, {"vqgan": config}, {"vqgan": VQGAN(config)})
+    refuse(tmp_path, "config.json", "text_encoder", "not a complete DALL-E")
+    with pytest.raises(WeightsError, match="text_encoder"):
+        load_part(tmp_path, "text_encoder")
+
+
+def test_unknown_preset_names_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text("{}")
+    refuse(Path("gigantic"), "gigantic", "small", "config.json")
+
+
+def test_presets_are_found_beside_the_package(nano_folder, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", nano_folder.parent)
+    assert weights.find(nano_folder.name) == nano_folder
+    assert load_dalle(nano_folder.name).name == nano_folder.name
+
+
+def save_again(folder: Path, tokenizer: Path) -> None:
+    """Write other weights and another tokenizer over a checkpoint."""
+    config = tiny_config()
+    parts = {name: getattr(config, name) for name in PARTS}
+    torch.manual_seed(77)
+    modules = {name: weights.CLASSES[name](value) for name, value in parts.items()}
+    save_parts(folder, parts, modules, tokenizer)
+
+
+@pytest.mark.parametrize("culprit", ["save_file", "write_text"])
+def test_a_failed_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch, culprit):
+    before = load_dalle(str(folder))
+    Tokenizer.train(["quite another vocabulary"], 290).save(tmp_path / "new.json")
+
+    def fail(first, second, *_, **__):
+        target = second if culprit == "save_file" else first
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((weights, "save_file", fail) if culprit == "save_file" else (Path, "write_text", fail)))
+        with pytest.raises(OSError, match="No space"):
+            save_again(folder, tmp_path / "new.json")
+    after = load_dalle(str(folder))
+    for part in PARTS:
+        for key, value in getattr(before, part).state_dict().items():
+            assert torch.equal(getattr(after, part).state_dict()[key], value)
+
+
+def test_a_later_save_cleans_up(folder, tmp_path):
+    for name in ("model.safetensors.part", "config.json.part"):
+        (folder / name).write_text("left by a run that was killed")
+    Tokenizer.train(["quite another vocabulary"], 290).save(tmp_path / "new.json")
+    save_again(folder, tmp_path / "new.json")
+    load_dalle(str(folder))
+    assert not list(folder.glob("*.part"))
+
+
+def test_saving_over_its_own_tokenizer(folder):
+    save_again(folder, folder / "tokenizer.json")
+    load_dalle(str(folder))
