@@ -14,10 +14,17 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dalle_demo").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does, with the pictures deleted
-    with tempfile.TemporaryDirectory(prefix="dalle_demo-") as cache:
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="dalle_demo-", dir=parent, ignore_cleanup_errors=True) as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # not the /tmp/gradio that everyone on the machine can read
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        serve(args)
+        try:
+            serve(args)
+        except (ValueError, OSError) as error:  # weights that cannot be used, a port that is taken
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(0)
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,14 +38,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Print where the page is, and serve it; a problem with the weights is one sentence and exit code 2."""
-    from dalle_demo import DalleEngine, WeightsError
+    """Serve the page and print where it is."""
+    from dalle_demo import DalleEngine
 
-    try:
-        engine = DalleEngine.load(args.weights)
-    except WeightsError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    engine = DalleEngine.load(args.weights)
     from dalle_demo.ui.app import build  # brings gradio, seconds that a wrong folder need not wait for
 
     page, options = build(engine)

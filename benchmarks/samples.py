@@ -1,6 +1,6 @@
 """preset -> contact sheet: ten common nouns, four pictures each at default settings, seeds 0 to 3, none picked.
 
-    python benchmarks/samples.py --preset nano --out weights/nano/samples.png
+python benchmarks/samples.py --preset nano --out weights/nano/samples.png
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Text to pictures with models of the DALL-E family, on a plain CPU.
+"""prompt -> pictures, with models of the DALL-E family, on a plain CPU.
 
 The flow, prompt to pixels: `text` turns a prompt into ids, `models.transformer` reads them and writes image tokens
 one after another (`sampling` chooses each), `models.vqgan` turns the tokens into pixels, `images` into pictures.
@@ -11,8 +11,20 @@ one after another (`sampling` chooses each), `models.vqgan` turns the tokens int
     last.images[0].save("apple.png")
 """
 
-from dalle_demo.config import GenerateParams, ParamError
-from dalle_demo.engines import DalleEngine, Update
-from dalle_demo.weights import WeightsError
+import importlib
 
-__all__ = ["DalleEngine", "GenerateParams", "ParamError", "Update", "WeightsError"]
+_HOMES = {
+    "DalleEngine": "engines",
+    "GenerateParams": "config",
+    "ParamError": "config",
+    "Update": "engines",
+    "WeightsError": "weights",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used: `--help` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

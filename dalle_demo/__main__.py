@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_demo.config import GenerateParams, ParamError
+from dalle_demo.config import GenerateParams, ParamError, is_whole
 
 if TYPE_CHECKING:
     from dalle_demo.engines import DalleEngine
@@ -20,13 +20,15 @@ BATCHES = {"vqgan": 16, "text": 256, "dalle": 32}
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     options = parser().parse_args(arguments)
-    from dalle_demo.weights import WeightsError
-
     try:
         return options.run(options) or 0
-    except (ValueError, FileNotFoundError, WeightsError) as error:
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install -r requirements-train.txt", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    except (ValueError, OSError) as error:  # WeightsError and ParamError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,11 +49,11 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         "--again", type=Path, metavar="PNG", help="draw a picture made here once more, from its own settings"
     )
     command.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    command.add_argument("--preset", default="nano", help="preset, or folder with weights")
+    command.add_argument("--preset", help="preset, or folder with weights (default: nano, or what drew the PNG)")
     command.add_argument("--grid", action="store_true", help="write one more file with all pictures of a prompt")
     for spec in dataclasses.fields(GenerateParams):
         if spec.name != "prompt":
-            kind = int if spec.type in (int, int | None) else float
+            kind = int if is_whole(spec) else float
             flag = "--" + spec.name.replace("_", "-")
             command.add_argument(flag, type=kind, help=spec.metadata["help"].replace("%", "%%"))
     command.set_defaults(run=run_generate)
@@ -66,12 +68,13 @@ def run_generate(options: argparse.Namespace) -> int:
         raise ValueError("give one of: a prompt, --prompts FILE, --again PNG")
     names = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    threads = None
-    if options.again is not None:
+    if options.again is None:
+        engine = DalleEngine.load(options.preset or "nano")
+    else:
         request, origin = images.read_request(options.again)
         settings = request | settings
-        options.prompt, threads = settings.pop("prompt"), origin["threads"]
-    engine = DalleEngine.load(options.preset, threads)
+        options.prompt = settings.pop("prompt")
+        engine = DalleEngine.like(origin, options.preset)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for line, prompt in read_prompts(options):
@@ -88,10 +91,10 @@ def read_prompts(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
     if options.prompts is None:
         yield 1, options.prompt
         return
-    lines = sys.stdin if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, line.strip()
+    with nullcontext(sys.stdin) if options.prompts == "-" else open(options.prompts, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line.strip()
 
 
 def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, with_grid: bool) -> None:
@@ -101,7 +104,7 @@ def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, wi
     *_, last = engine.generate(params)
     if notice := engine.left_out(params.prompt):
         print(f"line {line}: {notice}", file=sys.stderr)
-    slug = re.sub(r"[^\w]+", "-", params.prompt.lower()).strip("-")[:40] or "prompt"
+    slug = images.slug(params.prompt)
     for picture, seed in zip(last.images, last.seeds, strict=True):
         request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
         print(images.save_png(picture, out / f"{line:03d}-{slug}-{seed}.png", request, engine.origin))
@@ -153,8 +156,8 @@ def run_train(options: argparse.Namespace) -> None:
     if options.preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}")
     plan = loop.Plan(
-        batch=options.batch or BATCHES[options.stage],
-        learning_rate=options.learning_rate or LEARNING_RATES[options.stage],
+        batch=BATCHES[options.stage] if options.batch is None else options.batch,
+        learning_rate=LEARNING_RATES[options.stage] if options.learning_rate is None else options.learning_rate,
         steps=options.steps,
         minutes=options.minutes,
         precision=options.precision,
@@ -172,4 +175,6 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # prompts and file names in any language, on Windows too
     sys.exit(main())

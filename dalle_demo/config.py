@@ -7,7 +7,7 @@ flags are made, so a setting cannot exist in one place only.
 
 import dataclasses
 import math
-import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,7 +144,7 @@ def part_config(name: str, values: dict[str, Any]) -> Any:
     """Config of one part from its JSON form; raises ValueError on a missing or unknown key."""
     try:
         return PARTS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"config of {name!r}: {error}") from error
 
 
@@ -193,7 +193,9 @@ class GenerateParams:
             raise ParamError("prompt", "type what to draw, for example “a red apple”")
         if len(self.prompt) > MAX_PROMPT:
             raise ParamError("prompt", f"has {len(self.prompt):,} characters; shorten it to at most {MAX_PROMPT:,}")
-        if not re.search(r"[^\W_]|[\u2190-\U0010ffff]", self.prompt):
+        if any(unicodedata.category(c) == "Cs" for c in self.prompt):
+            raise ParamError("prompt", "holds half a character, which no text file can; type it again")
+        if not any(unicodedata.category(c)[0] in "LN" or unicodedata.category(c) == "So" for c in self.prompt):
             raise ParamError("prompt", "has no letter, digit or emoji; type what to draw")
         for spec in dataclasses.fields(self):
             if spec.name == "prompt" or (spec.name == "seed" and self.seed is None):
@@ -203,14 +205,24 @@ class GenerateParams:
             raise ParamError("seed", f"must leave room for {self.n} pictures; use at most {MAX_SEED - self.n + 1}")
 
 
+def is_whole(spec: dataclasses.Field) -> bool:
+    """Whether a field of GenerateParams counts something."""
+    return spec.type in (int, int | None)
+
+
 def _checked(spec: dataclasses.Field, value: Any) -> int | float:
     """Number within the field's range, as int where the field counts; ParamError otherwise."""
     low, high = spec.metadata["low"], spec.metadata["high"]
-    whole = spec.type in (int, int | None)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    whole = is_whole(spec)
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParamError(spec.name, f"must be a number from {low} to {high}, not {str(value)[:40]!r}")
+    if not low <= value <= high:  # also true of NaN
+        raise ParamError(spec.name, f"must be from {low} to {high}, not {short(value)}")
     if whole and value != int(value):
         raise ParamError(spec.name, f"must be a whole number, not {value}")
-    if not low <= value <= high:
-        raise ParamError(spec.name, f"must be from {low} to {high}, not {value}")
     return int(value) if whole else float(value)
+
+
+def short(number: float) -> str:
+    """Number for a message; Python refuses to print integers of thousands of digits."""
+    return f"{number:.12g}" if isinstance(number, float) or abs(number) < 10**12 else "a number far beyond"

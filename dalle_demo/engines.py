@@ -8,8 +8,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,7 @@ class DalleEngine:
             self._uncond = self._encode("")
 
     @classmethod
-    def load(
-        cls, preset: str = "nano", threads: int | None = None, dtype: torch.dtype | None = None
-    ) -> "DalleEngine":
+    def load(cls, preset: str = "nano", threads: int | None = None, dtype: torch.dtype | None = None) -> "DalleEngine":
         """Engine for a preset or a folder of weights; raises WeightsError.
 
         Args:
@@ -72,6 +71,23 @@ class DalleEngine:
             dtype: number format, measured when None.
         """
         return cls(load_dalle(preset), threads, dtype)
+
+    @classmethod
+    def like(cls, origin: Mapping[str, Any], preset: str | None = None) -> "DalleEngine":
+        """Engine that draws what `origin`, read from a picture, drew: its model, format and number of threads.
+
+        Raises ValueError when the weights at hand are other ones.
+        """
+        formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        threads = origin.get("threads")
+        if not isinstance(threads, int) or not 1 <= threads <= 1024:
+            raise ValueError(f"the picture's settings name {threads!r} threads")
+        engine = cls.load(preset or str(origin.get("model")), threads, formats.get(origin.get("format")))
+        if engine.origin["weights"] != origin.get("weights"):
+            raise ValueError(
+                f"the picture was drawn by other weights than these of {engine.name}; give --preset FOLDER"
+            )
+        return engine
 
     @property
     def name(self) -> str:
@@ -83,6 +99,7 @@ class DalleEngine:
         """What is stored in pictures about how they came about, beside the request."""
         return {
             "model": self.name,
+            "weights": self.model.sha256[:12],
             "steps": self.config.image_decoder.length,
             "format": str(self.dtype).removeprefix("torch."),
             "threads": self.threads,

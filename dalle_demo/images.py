@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,21 @@ def describe(request: Mapping[str, Any], origin: Mapping[str, Any], size: tuple[
     return f"{request['prompt']}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
 
 
+def slug(prompt: str) -> str:
+    """Letters and digits of a prompt, short enough for a file name, in any script."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
+
+
 def read_request(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Request and origin stored by `save_png`; raises ValueError when the file holds none."""
     try:
         with Image.open(path) as picture:
             picture.load()
             origin = json.loads(picture.text[CHUNK])
-        return dict(origin.pop("request")), dict(origin)
+        request = dict(origin.pop("request"))
+        known = {"prompt", "n", "seed", "temperature", "top_k", "top_p", "guidance_scale"}
+        if not known >= request.keys() >= {"prompt", "seed"}:
+            raise KeyError("prompt")
+        return request, dict(origin)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no settings of a picture made here") from error

@@ -27,6 +27,7 @@ class Tokenizer:
     """A `tokenizers` model that frames each prompt as <s> ... </s>."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        backend.encode_special_tokens = True  # a typed "</s>" is five characters, not the end
         self._backend = backend
 
     @classmethod
@@ -53,8 +54,10 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path: Path) -> None:
-        """Write tokenizer.json."""
-        self._backend.save(str(path))
+        """Write tokenizer.json, whole or not at all."""
+        partial = path.with_name(path.name + ".part")
+        self._backend.save(str(partial))
+        partial.replace(path)
 
     @property
     def vocab_size(self) -> int:

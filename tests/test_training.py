@@ -197,7 +197,7 @@ def test_dalle_samples_drop_captions_and_disturb_inputs(stage_of, tmp_path):
     empty = (batch["text_ids"] != 1).sum(1) == 2  # only <s> </s>
     assert 0.05 < empty.float().mean() < 0.16
     wrong = batch["inputs"] != batch["image_tokens"]
-    assert 0.07 < wrong.float().mean() < 0.13
+    assert 0.6 < wrong.float().mean() / stages.TOKEN_NOISE < 1.2  # a random token may be the right one
     assert batch["image_tokens"].max() < stage.config.vqgan.codebook_size
     assert batch["inputs"].max() < stage.config.vqgan.codebook_size
 
@@ -434,7 +434,7 @@ def test_batch_must_divide_among_processes(stage_of, tmp_path, monkeypatch):
 def test_a_loss_that_is_no_number_ends_the_run(stage_of, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     monkeypatch.setattr(stages, "token_loss", lambda logits, tokens: logits.sum() * float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 1.*learning-rate"):
+    with pytest.raises(ValueError, match=r"step 1.*learning-rate"):
         train(stage_of("dalle", tmp_path), make_plan(3), tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -451,7 +451,7 @@ def test_small_data_sets_without_held_out_drawings(stage_of, tmp_path, name, mon
 def test_text_stage_learns_from_the_real_teacher(stage_of, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 5)
     train(stage_of("text", tmp_path), make_plan(50), tmp_path)
-    vectors = np.load(tmp_path / "teacher.npy")
+    vectors = np.load(next(tmp_path.glob("teacher-*.npy")))
     assert vectors.shape[1] == stages.TEACHER_WIDTH
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-3)
     losses = [line["loss"] for line in read_log(tmp_path)]

@@ -77,6 +77,7 @@ def build(out: Path, packages: Path | None = None, workers: int | None = None) -
 
     Raises:
         FileNotFoundError: `npm` is needed and missing, or a package folder is incomplete.
+        ValueError: npm could not fetch a package.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if packages is None:
@@ -92,10 +93,14 @@ def build(out: Path, packages: Path | None = None, workers: int | None = None) -
 
 def fetch(source: Source, folder: Path) -> None:
     """Download one package with `npm pack` at its pinned version and unpack it below `folder`."""
-    if shutil.which("npm") is None:
+    npm = shutil.which("npm")  # its full name, since Windows does not find npm.cmd by itself
+    if npm is None:
         raise FileNotFoundError("npm is not installed; install Node.js, or pass --packages with the unpacked packages")
-    command = ["npm", "pack", f"{source.package}@{source.version}", "--pack-destination", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    command = [npm, "pack", f"{source.package}@{source.version}", "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise ValueError(f"npm could not fetch {source.package}@{source.version}: {reason[0]}")
     archive = folder / f"{source.folder}.tgz"
     with tarfile.open(archive) as tar:
         tar.extractall(folder / f"{source.folder}.part", filter="data")
@@ -176,6 +181,8 @@ def _icons_by_name(collection: dict, emoji: dict[str, dict]) -> dict[str, str]:
                 keys.setdefault(_slug(name), key)
     drawn = {}
     for name in sorted(collection["icons"]):  # "-1" (yellow) sorts before its light-skinned twin "-2"
+        if collection["icons"][name].get("hidden"):
+            continue
         key = keys.get(_slug(re.sub(r"-\d$", "", name)))
         if key is not None:
             drawn.setdefault(key, name)
@@ -274,12 +281,13 @@ def write_pairs(
         rows.append(entry | style | {"licence": source.licence, "icon": name})
     report = _report(rows, counts, dropped)
     out.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "pairs.jsonl.part").write_text("".join(lines), encoding="utf-8")
+    (out / "report.txt.part").write_text(report, encoding="utf-8")
     with (out / "images.npy.part").open("wb") as file:  # a file object, since np.save renames other paths
         np.save(file, np.stack(kept))
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    (out / "report.txt").write_text(report, encoding="utf-8")
-    (out / "images.npy.part").rename(out / "images.npy")
+    for name in ("images.npy", "pairs.jsonl", "report.txt"):
+        (out / f"{name}.part").replace(out / name)
     return report
 
 

@@ -25,7 +25,6 @@ BACKGROUNDS = {  # name -> (Chinese name, RGB)
 }
 TEMPLATES = ("{}", "{}", "a {}", "a picture of a {}", "an emoji of a {}")
 STYLE_TEMPLATES = ("{style} {name}", "{name}, {style} style", "a {style} {name}")
-FLIPPABLE = {"smileys-emotion", "animals-nature", "food-drink"}  # groups without letters or handed signs
 HELD_OUT_SHARE = 0.02
 
 
@@ -35,6 +34,7 @@ class Pairs:
 
     images: np.ndarray
     rows: list[dict]
+    fingerprint: str  # changes with any caption and with the number of pictures
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -53,11 +53,11 @@ def load(folder: Path) -> Pairs:
                 f"{folder / name} is missing; build it with: python -m dalle_demo data emoji --out {folder}"
             )
     images = np.load(folder / "images.npy", mmap_mode="r")
-    with (folder / "pairs.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    text = (folder / "pairs.jsonl").read_bytes()
+    rows = [json.loads(line) for line in text.splitlines()]
     if len(images) != len(rows) or images.ndim != 4 or images.shape[3] != 4:
         raise ValueError(f"{folder}: {images.shape} pictures and {len(rows)} captions do not belong together")
-    return Pairs(images, rows)
+    return Pairs(images, rows, hashlib.sha256(text).hexdigest()[:12])
 
 
 def split(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,7 @@ class Stage(Protocol):
     """What a stage brings to the loop; `network` maps a batch to named losses, of which `loss` is minimised."""
 
     network: nn.Module
+    made_from: dict[str, str]  # fingerprints of data, sizes and seed, which a resumed run must share
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Tensors of the given sample numbers."""
@@ -59,6 +60,10 @@ class Plan:
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("give either --steps or --minutes")
+        for name in ("batch", "learning_rate", "steps", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
 
 
 def train(make_stage: Callable[["Workers"], Stage], plan: Plan, out: Path, resume: bool = False) -> None:
@@ -72,9 +77,12 @@ def train(make_stage: Callable[["Workers"], Stage], plan: Plan, out: Path, resum
     with Workers() as workers:
         if plan.batch % workers.count:
             raise ValueError(f"--batch {plan.batch} cannot be divided among {workers.count} processes")
+        resuming = (out / "checkpoint.pt").exists()
         run = Run(make_stage(workers), plan, out, workers)
-        if (out / "checkpoint.pt").exists():
+        if resuming:
             run.restore()
+        elif workers.rank == 0:  # of a run that was killed before its first checkpoint
+            (out / "log.jsonl").unlink(missing_ok=True)
         run.go()
 
 
@@ -116,7 +124,7 @@ class Run:
         self.ema = copy.deepcopy(network).requires_grad_(False)
         self.wrapped = DistributedDataParallel(network) if workers.count > 1 else network
         self.optimizer = make_optimizer(network, plan.learning_rate)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saved_step = 0, 0.0, None
         self.autocast = plan.precision == "bf16" or (plan.precision == "auto" and has_native_bf16())
         self.stopping = False
 
@@ -131,12 +139,16 @@ class Run:
                 losses = self.take_step()
                 self.seconds = base + time.monotonic() - started
                 rate = (self.step - first) * self.plan.batch / (time.monotonic() - started)
+                late = time.monotonic() - saved >= 60 * self.plan.checkpoint_minutes
+                due, broken = self.workers.agree(late, not math.isfinite(losses["loss"]))
+                if broken:  # before anything of it reaches the last good checkpoint
+                    raise ValueError(f"the loss is no longer finite at step {self.step}; lower --learning-rate")
                 self._report(bar, losses, rate)
-                (due,) = self.workers.agree(time.monotonic() - saved >= 60 * self.plan.checkpoint_minutes)
                 if due:
                     self.save()
                     saved = time.monotonic()
-            self.save()
+            if self.saved_step != self.step:
+                self.save()
         finally:
             bar.close()
             for number, handler in previous.items():
@@ -178,8 +190,6 @@ class Run:
         if self.workers.rank > 0 or self.step % LOG_EVERY:
             return
         figures = {name: round(value.item(), 5) for name, value in losses.items()}
-        if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(f"the loss is {figures['loss']} at step {self.step}; lower --learning-rate")
         bar.update(round(100 * self.progress() - bar.n, 2))
         bar.set_postfix(step=self.step, loss=figures["loss"], images_per_s=round(rate, 1))
         lr = self.optimizer.param_groups[0]["lr"]
@@ -198,6 +208,7 @@ class Run:
                 self._log(self.stage.validate(self.ema))
             self.stage.export(self.ema, self.out / "weights")
             state = {
+                "made_from": self.stage.made_from,
                 "step": self.step,
                 "seconds": self.seconds,
                 "network": self.stage.network.state_dict(),
@@ -207,11 +218,16 @@ class Run:
             partial = self.out / "checkpoint.pt.part"
             torch.save(state, partial)
             partial.replace(self.out / "checkpoint.pt")
+        self.saved_step = self.step
         self.workers.wait()
 
     def restore(self) -> None:
-        """Go back to the last checkpoint; log lines written after it are dropped."""
+        """Go back to the last checkpoint; log lines written after it are dropped.
+
+        Raises ValueError when the run was made from other data, sizes or seed than it is to go on with.
+        """
         state = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        check_same(self.out, state["made_from"], self.stage.made_from)
         self.stage.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -219,8 +235,17 @@ class Run:
         log = self.out / "log.jsonl"
         if self.workers.rank == 0 and log.exists():
             lines = [line for line in log.read_text().splitlines(True) if _step_of(line) <= self.step]
-            log.write_text("".join(lines))
+            partial = log.with_name("log.jsonl.part")
+            partial.write_text("".join(lines))
+            partial.replace(log)
         self.workers.wait()
+
+
+def check_same(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ValueError that names the first thing in which a run's origin differs from what it was."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"{out} was made with another {changed[0]}; give the same one, or choose another --out")
 
 
 def _step_of(line: str) -> float:

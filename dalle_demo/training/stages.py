@@ -1,9 +1,11 @@
 """data set folder -> batches and losses: what each of the three stages trains, in the order they are run.
 
 vqgan: pixels -> tokens -> pixels. text: phrases -> vectors of a public sentence encoder. dalle: captions -> tokens.
-Sample number i of a run is made from (seed, i) alone, whatever process makes it.
+Sample number i of a run is made from (seed, i) alone, whatever process makes it; only the place of the perceptual crop
+is drawn once for all samples of a process.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +23,18 @@ from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import PAD, Tokenizer
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import PerceptualLoss, distillation_loss, token_loss
-from dalle_demo.weights import load_part, load_tokenizer, save_parts
+from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_config, stored_hash
 
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels
 COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
-TOKEN_NOISE = 0.1  # input tokens replaced by random ones: sampling makes mistakes that training must have seen
+TOKEN_NOISE = 0.05  # input tokens replaced by random ones: sampling makes mistakes that training must have seen
 VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn half as often as everything else
 RENDERS = ("plain", "moved", "coloured background")  # of each drawing; their tokens are computed once
-RENDER_SHARES = (0.65, 0.15, 0.2)
+RENDER_SHARES = (0.8, 0.05, 0.15)
 
 
 def sample_rng(seed: int, sample: int) -> np.random.Generator:
@@ -67,9 +69,11 @@ class VQGANStage:
         self.pairs = pairs_data.load(data)
         self.training, held_out = pairs_data.split(self.pairs)
         self.config, self.seed = config, seed
+        self.made_from = {"--data": self.pairs.fingerprint, "--preset": repr(config), "--seed": str(seed)}
         torch.manual_seed(seed)
         self.network = VQGANObjective(VQGAN(config))
-        self.held_out = plain_render(self.pairs, held_out[:VALIDATION_BATCH], config.image_size)
+        every = max(1, len(held_out) // VALIDATION_BATCH)  # spread over all sets, which lie one after another
+        self.held_out = plain_render(self.pairs, held_out[::every], config.image_size)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W), and where the perceptual crop lies."""
@@ -91,7 +95,9 @@ class VQGANStage:
         return colours, zoom, shift, flip, order
 
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """PSNR of held-out drawings in dB, and how much of the codebook they use."""
+        """PSNR of held-out drawings in dB, and how much of the codebook they use; nothing without any."""
+        if not len(self.held_out):
+            return {}
         ours, tokens, _ = network.vqgan(self.held_out)
         error = F.mse_loss(ours.clamp(-1, 1), self.held_out).item()
         usage = torch.bincount(tokens.flatten(), minlength=self.config.codebook_size) / tokens.numel()
@@ -142,15 +148,24 @@ class TextStage:
     """
 
     def __init__(self, data: Path, config: TextEncoderConfig, out: Path, workers: Workers, seed: int = 0):
-        phrases = pairs_data.all_captions(pairs_data.load(data))
-        self.config, self.seed, self.out = config, seed, out
+        pairs = pairs_data.load(data)
+        phrases = pairs_data.all_captions(pairs)
+        self.config, self.seed = config, seed
+        self.made_from = {"--data": pairs.fingerprint, "--preset": repr(config), "--seed": str(seed)}
         self.texts = [text for text, _ in phrases]
-        if workers.rank == 0 and not (out / "tokenizer.json").exists():
-            Tokenizer.train(self.texts, config.vocab_size).save(out / "tokenizer.json")
+        self.tokenizer_path = out / f"tokenizer-{digest(self.made_from)}.json"
+        if workers.rank == 0 and not self.tokenizer_path.exists():
+            Tokenizer.train(self.texts, config.vocab_size).save(self.tokenizer_path)
+        workers.wait()
+        self.tokenizer = Tokenizer.from_file(self.tokenizer_path)
         self.vectors = torch.from_numpy(
-            shared_cache(out / "teacher.npy", len(phrases), lambda rows: teach([phrases[i][1] for i in rows]), workers)
+            shared_cache(
+                out / f"teacher-{digest(self.made_from)}.npy",
+                len(phrases),
+                lambda rows: teach([phrases[i][1] for i in rows]),
+                workers,
+            )
         )
-        self.tokenizer = load_tokenizer(out)
         held_out = np.random.default_rng(seed).random(len(phrases)) < HELD_OUT_PHRASES
         self.training = np.flatnonzero(~held_out)
         self.held_out = np.flatnonzero(held_out)
@@ -166,14 +181,16 @@ class TextStage:
         return {"text_ids": self.tokenizer.batch(texts, self.config.length), "teacher": self.vectors[indices]}
 
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Mean cosine to the teacher on phrases that are never trained on."""
+        """Mean cosine to the teacher on phrases that are never trained on; nothing without any."""
+        if not len(self.held_out):
+            return {}
         losses = network(**self._batch([self.texts[i] for i in self.held_out], self.held_out))
         return {"validation_cosine": 1 - losses["loss"].item()}
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the text_encoder part and its tokenizer."""
         parts = {"text_encoder": network.text_encoder}
-        save_parts(folder, {"text_encoder": self.config}, parts, self.out / "tokenizer.json")
+        save_parts(folder, {"text_encoder": self.config}, parts, self.tokenizer_path)
 
 
 class TextObjective(nn.Module):
@@ -212,12 +229,23 @@ class DalleStage:
         often = [i for i in self.training if self.pairs.rows[i]["group"] not in LESS_SEEN]
         self.training = np.sort(np.concatenate([self.training, often]))
         self.config, self.seed, self.text_folder = config, seed, text
+        for folder, part in ((vqgan, "vqgan"), (text, "text_encoder")):
+            if stored_config(folder, part) != getattr(config, part):
+                raise ValueError(f"{folder} holds a {part} of other sizes than --preset")
+        self.made_from = {
+            "--data": self.pairs.fingerprint,
+            "--preset": repr(config.image_decoder),
+            "--seed": str(seed),
+            "--vqgan": stored_hash(vqgan, "vqgan"),
+            "--text": stored_hash(text, "text_encoder"),
+        }
         self.vqgan: VQGAN = load_part(vqgan, "vqgan")
         self.tokenizer = load_tokenizer(text)
         self.backgrounds = [
             list(BACKGROUNDS)[sample_rng(seed, i).integers(len(BACKGROUNDS))] for i in range(len(self.pairs))
         ]
-        self.tokens = shared_cache(out / "tokens.npy", len(self.pairs), self._tokenise, workers)  # (P, R, N)
+        cache = out / f"tokens-{digest(self.made_from)}.npy"
+        self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, R, N)
         torch.manual_seed(seed)
         self.network = DalleObjective(
             load_part(text, "text_encoder").train().requires_grad_(True), ImageDecoder(config.image_decoder)
@@ -269,7 +297,9 @@ class DalleStage:
         }
 
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Loss in nats a token on drawings held out in one style, captioned with style and name."""
+        """Loss in nats a token on drawings held out in one style, captioned by style and name; nothing without any."""
+        if not len(self.held_out):
+            return {}
         rows = [self.pairs.rows[i] for i in self.held_out]
         captions = [f"{row['style']} {row['name']}" for row in rows]
         tokens = self.tokens[self.held_out, 0]
@@ -303,6 +333,11 @@ class DalleObjective(nn.Module):
         mask = text_ids != PAD
         logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask)
         return {"loss": token_loss(logits.float(), image_tokens)}
+
+
+def digest(made_from: dict[str, str]) -> str:
+    """Short name for what a cache was computed from."""
+    return hashlib.sha256(repr(sorted(made_from.items())).encode()).hexdigest()[:12]
 
 
 def shared_cache(path: Path, rows: int, compute: Callable[[range], np.ndarray], workers: Workers) -> np.ndarray:

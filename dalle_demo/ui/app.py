@@ -10,7 +10,7 @@ from dalle_demo.ui.generate import GenerateTab
 from dalle_demo.ui.strings import TITLE, footer, translations
 from dalle_demo.ui.theme import CSS, JS, theme
 
-HOUR, DAY = 3600, 86400  # seconds
+HOUR = 3600  # seconds
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ class Page(gr.Blocks):
 def build(engine: DalleEngine) -> tuple[gr.Blocks, dict[str, Any]]:
     """Page that drives an engine, with a queue, and what its `launch` needs."""
     i18n = gr.I18n(**translations())
-    with Page(title=TITLE, delete_cache=(HOUR, DAY), analytics_enabled=False) as page:
+    with Page(title=TITLE, delete_cache=(HOUR, 23 * HOUR), analytics_enabled=False) as page:
         with gr.Column(elem_id="heading"):
             gr.Markdown(f"# {TITLE}")
             gr.Markdown(i18n("subtitle"))

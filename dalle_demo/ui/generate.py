@@ -4,7 +4,6 @@ import dataclasses
 import html
 import logging
 import math
-import re
 import tempfile
 import threading
 import time
@@ -17,7 +16,7 @@ import gradio as gr
 
 from dalle_demo.config import GenerateParams, ParamError
 from dalle_demo.engines import DalleEngine, Update
-from dalle_demo.images import save_png
+from dalle_demo.images import save_png, slug
 from dalle_demo.ui.strings import EXAMPLES, say
 
 FRAMES_PER_SECOND = 8  # of previews; more of them only fill the disk and the network
@@ -25,41 +24,52 @@ log = logging.getLogger(__name__)
 
 
 class Runs:
-    """Stop flags of the browser sessions that have asked for pictures, queued runs included.
+    """Stop flags of the runs that each browser session has asked for, in their order, queued ones included.
 
     Gradio's own `cancels` leaves error badges and lets late frames through; a flag that the engine reads does not.
     """
 
     def __init__(self):
-        self._flags: dict[str, threading.Event] = {}
+        self._waiting: dict[str, list[threading.Event]] = {}
+        self._drawing: dict[str, list[threading.Event]] = {}
 
     def begin(self, session: str | None) -> None:
-        """Announce a run, which ends the session's former one."""
+        """Announce a run, which ends those that the session asked for before."""
         self.stop(session)
         if session:
-            self._flags[session] = threading.Event()
+            self._waiting.setdefault(session, []).append(threading.Event())
 
     def enter(self, session: str | None) -> threading.Event:
-        """Flag for the run that starts now: the announced one, or a new one for a caller of the API."""
-        return self._flags.setdefault(session, threading.Event()) if session else threading.Event()
+        """Flag for the run that starts now: the first one announced, or a new one for a caller of the API."""
+        waiting = self._waiting.get(session)
+        flag = waiting.pop(0) if waiting else threading.Event()
+        if session:
+            self._drawing.setdefault(session, []).append(flag)
+        return flag
 
     def leave(self, session: str | None, flag: threading.Event) -> None:
-        """Forget a run that is over, unless the session has announced the next one."""
-        if self._flags.get(session) is flag:
-            self._flags.pop(session, None)
+        """Forget a run that is over, and a session that has no others."""
+        drawing = self._drawing.get(session, [])
+        if flag in drawing:
+            drawing.remove(flag)
+        for runs in (self._waiting, self._drawing):
+            if session in runs and not runs[session]:
+                del runs[session]
 
     def stop(self, session: str | None) -> None:
-        """End the session's run, or keep it from starting."""
-        if flag := self._flags.get(session):
-            flag.set()
+        """End the session's runs, and keep those that wait from starting."""
+        for runs in (self._waiting, self._drawing):
+            for flag in runs.get(session, []):
+                flag.set()
 
     def forget(self, session: str | None) -> None:
         """Stop and drop whatever the session has."""
         self.stop(session)
-        self._flags.pop(session, None)
+        self._waiting.pop(session, None)
+        self._drawing.pop(session, None)
 
     def __contains__(self, session: str | None) -> bool:
-        return session in self._flags
+        return session in self._waiting or session in self._drawing
 
 
 class GenerateTab:
@@ -158,7 +168,7 @@ class GenerateTab:
 
     def begin(self, request: gr.Request, randomise: bool, **settings: Any) -> tuple:
         """Show that a request is on its way."""
-        params = self._params(randomise, settings)
+        params = self._checked(settings | ({"seed": None} if randomise else {}))
         self.runs.begin(request.session_hash)
         columns = gr.Gallery(columns=math.ceil(math.sqrt(params.n)))
         return *_buttons(running=True), columns, params.seed, say("waiting", _language(request))
@@ -219,7 +229,7 @@ class GenerateTab:
             paths = []
             for picture, seed in zip(update.images, update.seeds, strict=True):
                 request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
-                path = Path(folder, f"{_slug(params.prompt)}-{seed}.png")
+                path = Path(folder, f"{slug(params.prompt)}-{seed}.png")
                 paths.append(save_png(picture, path, request, self.engine.origin))
             yield _captioned(paths, update), update.seeds[0], summary
 
@@ -263,11 +273,6 @@ def _captioned(pictures: list, update: Update) -> list[tuple]:
 
 def _percent(update: Update) -> int:
     return 100 * update.step // update.total
-
-
-def _slug(prompt: str) -> str:
-    """Letters and digits of a prompt, short enough for a file name in any script."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def _language(request: gr.Request) -> str:
