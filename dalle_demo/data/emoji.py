@@ -99,8 +99,8 @@ def fetch(source: Source, folder: Path) -> None:
     command = [npm, "pack", f"{source.package}@{source.version}", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise ValueError(f"npm could not fetch {source.package}@{source.version}: {reason[0]}")
+        reason = " ".join(done.stderr.splitlines()[:2])  # the code and what it means; the rest is advice
+        raise ValueError(f"npm could not fetch {source.package}@{source.version}: {reason}")
     archive = folder / f"{source.folder}.tgz"
     with tarfile.open(archive) as tar:
         tar.extractall(folder / f"{source.folder}.part", filter="data")

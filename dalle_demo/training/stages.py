@@ -73,7 +73,8 @@ class VQGANStage:
         torch.manual_seed(seed)
         self.network = VQGANObjective(VQGAN(config))
         every = max(1, len(held_out) // VALIDATION_BATCH)  # spread over all sets, which lie one after another
-        self.held_out = plain_render(self.pairs, held_out[::every], config.image_size)
+        chosen = held_out[::every]
+        self.held_out = plain_render(self.pairs, chosen, config.image_size) if len(chosen) else ()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W), and where the perceptual crop lies."""
