@@ -195,7 +195,7 @@ class GenerateParams:
             raise ParamError("prompt", f"has {len(self.prompt):,} characters; shorten it to at most {MAX_PROMPT:,}")
         if any(unicodedata.category(c) == "Cs" for c in self.prompt):
             raise ParamError("prompt", "holds half a character, which no text file can; type it again")
-        if not any(unicodedata.category(c)[0] in "LN" or unicodedata.category(c) == "So" for c in self.prompt):
+        if not any(c.isalnum() or (c > "\x7f" and unicodedata.category(c)[0] == "S") for c in self.prompt):
             raise ParamError("prompt", "has no letter, digit or emoji; type what to draw")
         for spec in dataclasses.fields(self):
             if spec.name == "prompt" or (spec.name == "seed" and self.seed is None):

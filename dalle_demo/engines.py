@@ -124,16 +124,22 @@ class DalleEngine:
         """
         seed = params.seed if params.seed is not None else random.SystemRandom().randint(0, MAX_SEED - params.n)
         seeds = [seed + i for i in range(params.n)]
-        with self._lock:
+        stop = stop or threading.Event()
+        while not self._lock.acquire(timeout=0.05):
+            if stop.is_set():
+                return
+        try:
             torch.set_num_threads(self.threads)
             updates = self._draw(params, seeds)
-            while stop is None or not stop.is_set():
+            while not stop.is_set():
                 with torch.inference_mode():  # not held across yields: the mode belongs to a thread
                     update = next(updates, None)
                 if update is None:
                     break
                 if update.images:
                     yield update
+        finally:  # also when the iterator is closed
+            self._lock.release()
 
     def _draw(self, params: GenerateParams, seeds: list[int]) -> Iterator[Update]:
         """Prompt to pixels; an update without images after each token, one with previews after each row."""

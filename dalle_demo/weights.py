@@ -57,7 +57,7 @@ def load_dalle(preset: str) -> Dalle:
     if missing:
         raise WeightsError(f"{folder / 'config.json'} describes no {missing[0]}; it is not a complete DALL-E model")
     tokenizer = load_tokenizer(folder)
-    _check_hash(folder, "tokenizer", _file_hash(folder / "tokenizer.json"), meta)
+    _check_hash(folder / "tokenizer.json", "tokenizer", _file_hash(folder / "tokenizer.json"), meta)
     modules = {part: _build(folder, part, meta, tensors) for part in PARTS}
     configs = {part: part_config(part, meta["parts"][part]) for part in PARTS}
     config = DalleConfig(**configs, filler=meta.get("filler", 0), defaults=meta.get("defaults", {}))
@@ -145,7 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _build(folder: Path, part: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     """Fill a module with its tensors, all of them and no others, in fp32."""
     own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-    _check_hash(folder, part, tensor_hash(own), meta)
+    _check_hash(folder / "model.safetensors", part, tensor_hash(own), meta)
     with torch.device("meta"):
         module = CLASSES[part](part_config(part, meta["parts"][part]))
     try:
@@ -155,11 +155,11 @@ def _build(folder: Path, part: str, meta: Mapping[str, Any], tensors: Mapping[st
     return module.eval().requires_grad_(False)
 
 
-def _check_hash(folder: Path, name: str, found: str, meta: Mapping[str, Any]) -> None:
+def _check_hash(path: Path, name: str, found: str, meta: Mapping[str, Any]) -> None:
     expected = meta.get("sha256", {}).get(name)
     if found != expected:
         raise WeightsError(
-            f"{folder}: {name} has sha256 {found[:12]}…, config.json was written for {str(expected)[:12]}…"
+            f"{path}: its {name} has sha256 {found[:12]}…, config.json was written for {str(expected)[:12]}…"
         )
 
 

@@ -80,7 +80,7 @@ def test_captions_follow_from_the_generator():
 
 
 def of_rows(rows: list[dict]) -> Pairs:
-    return Pairs(np.zeros((len(rows), 4, 4, 4), np.uint8), rows)
+    return Pairs(np.zeros((len(rows), 4, 4, 4), np.uint8), rows, "")
 
 
 def test_split_follows_from_emoji_and_style_alone():
