@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
+from tiny import tiny_config
 
 from dalle_demo import engines
 from dalle_demo.config import MAX_SEED, PRESETS, DalleConfig, GenerateParams

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 from torch import nn
 from train_tiny import BATCH, make_plan, make_stage
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from tiny import tiny_config
 
 from dalle_demo.models.transformer import EncoderLayer, ImageDecoder, TextEncoder, attend
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from tiny import tiny_config
 
 from dalle_demo.config import PRESETS, VQGANConfig
 from dalle_demo.models.vqgan import (

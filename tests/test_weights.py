@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, save_tiny, tiny_config
 from safetensors.torch import load_file, save_file
+from tiny import WORDS, save_tiny, tiny_config
 
 from dalle_demo import weights
 from dalle_demo.config import PARTS

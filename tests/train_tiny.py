@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import tiny_config
+from tiny import tiny_config
 
 from dalle_demo.text import PAD
 from dalle_demo.training import stages
