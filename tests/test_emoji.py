@@ -243,11 +243,12 @@ def test_fetches_pinned_versions(tmp_path, monkeypatch):
         commands.append(command)
         with tarfile.open(tmp_path / f"{source.folder}.tgz", "w:gz") as tar:
             tar.add(tmp_path / "package", "package")
+        return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(emoji.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(subprocess, "run", run)
     emoji.fetch(source, tmp_path)
-    assert commands[0][:3] == ["npm", "pack", "@iconify-json/noto@1.2.9"]
+    assert commands[0][:3] == ["/bin/npm", "pack", "@iconify-json/noto@1.2.9"]
     assert json.loads((tmp_path / source.folder / "icons.json").read_text()) == {}
     assert not (tmp_path / f"{source.folder}.tgz").exists()
 

@@ -72,9 +72,7 @@ def nano_sized(engine) -> DalleEngine:
         part.eval().requires_grad_(False)
     for parameter in parts[2].parameters():
         parameter.data.mul_(2 if parameter.ndim >= 2 else 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "has_native_bf16", lambda: False)
-        return DalleEngine(Dalle(config, engine.model.tokenizer, *parts, name="random"))
+    return DalleEngine(Dalle("random", "0" * 64, config, engine.model.tokenizer, *parts), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

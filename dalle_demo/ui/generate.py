@@ -19,7 +19,7 @@ from dalle_demo.engines import DalleEngine, Update
 from dalle_demo.images import save_png, slug
 from dalle_demo.ui.strings import EXAMPLES, say
 
-FRAMES_PER_SECOND = 8  # of previews; more of them only fill the disk and the network
+FRAMES_PER_SECOND = 4  # of previews; each costs the page a tenth of a second that the drawing then waits for
 log = logging.getLogger(__name__)
 
 
