@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dalle_demo.engines import has_native_bf16
+from dalle_demo.training.muon import Muon
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
@@ -123,7 +124,7 @@ class Run:
         network = stage.network
         self.ema = copy.deepcopy(network).requires_grad_(False)
         self.wrapped = DistributedDataParallel(network) if workers.count > 1 else network
-        self.optimizer = make_optimizer(network, plan.learning_rate)
+        self.optimizers = make_optimizers(network, plan.learning_rate)
         self.step, self.seconds, self.saved_step = 0, 0.0, None
         self.autocast = plan.precision == "bf16" or (plan.precision == "auto" and has_native_bf16())
         self.stopping = False
@@ -171,17 +172,19 @@ class Run:
     def take_step(self) -> dict[str, Tensor]:
         """One optimiser step on this process's share of the batch; returns the detached losses."""
         rate = self.plan.learning_rate * schedule(self.step, self.plan.warmup, self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         share = self.plan.batch // self.workers.count
         start = self.step * self.plan.batch + self.workers.rank * share
         batch = self.stage.batch(range(start, start + share))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             losses = self.wrapped(**batch)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.stage.network.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(self.stage.network.parameters(), CLIP_NORM)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         update_ema(self.ema, self.stage.network, self.step)
         return {name: value.detach() for name, value in losses.items()}
@@ -192,7 +195,7 @@ class Run:
         figures = {name: round(value.item(), 5) for name, value in losses.items()}
         bar.update(round(100 * self.progress() - bar.n, 2))
         bar.set_postfix(step=self.step, loss=figures["loss"], images_per_s=round(rate, 1))
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizers[0].param_groups[0]["lr"]
         self._log({**figures, "learning_rate": lr, "images_per_second": round(rate, 1)})
 
     def _log(self, figures: Mapping[str, float]) -> None:
@@ -213,7 +216,7 @@ class Run:
                 "seconds": self.seconds,
                 "network": self.stage.network.state_dict(),
                 "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             }
             partial = self.out / "checkpoint.pt.part"
             torch.save(state, partial)
@@ -230,7 +233,8 @@ class Run:
         check_same(self.out, state["made_from"], self.stage.made_from)
         self.stage.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         log = self.out / "log.jsonl"
         if self.workers.rank == 0 and log.exists():
@@ -260,14 +264,20 @@ def schedule(step: int, warmup: int, done: float) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW; only matrices and kernels decay, never biases, norms or embeddings of width one."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
+def make_optimizers(network: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of Transformer layers, if any.
+
+    Only matrices and kernels decay, never biases and norms.
+    """
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    inner = [p for name, p in named if ".layers." in name and p.ndim == 2]
+    outer = [p for name, p in named if not (".layers." in name and p.ndim == 2)]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in outer if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in outer if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)]
+    return [*optimizers, Muon(inner, learning_rate, weight_decay=WEIGHT_DECAY)] if inner else optimizers
 
 
 def update_ema(ema: nn.Module, network: nn.Module, step: int, gamma: float = 16.97) -> None:
