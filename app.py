@@ -31,7 +31,8 @@ def parse_args() -> argparse.Namespace:
     """Flags; weights can also come from the environment, address and port as for any gradio app."""
     parser = argparse.ArgumentParser(description="Serve the text-to-image page.")
     preset = os.environ.get("DALLE_DEMO_WEIGHTS", "nano")
-    parser.add_argument("--weights", default=preset, metavar="PRESET_OR_FOLDER", help="default: %(default)s")
+    what = "preset, folder, or user/name on the Hugging Face Hub; fetched if it is not here (default: %(default)s)"
+    parser.add_argument("--weights", default=preset, metavar="FOLDER_OR_REPO", help=what)
     parser.add_argument("--host", help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT or the first free one from 7860")
     return parser.parse_args()
@@ -39,16 +40,22 @@ def parse_args() -> argparse.Namespace:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve the page and print where it is."""
-    from dalle_demo import DalleEngine
+    from dalle_demo.__main__ import ensure
+    from dalle_demo.shelf import Shelf
 
-    engine = DalleEngine.load(args.weights)
+    shelf = Shelf(ensure(args.weights), offline=is_offline())
     from dalle_demo.ui.app import build  # brings gradio, seconds that a wrong folder need not wait for
 
-    page, options = build(engine)
+    page, options = build(shelf)
     options |= {"server_name": args.host, "server_port": args.port}
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
-    print(f"{engine.name} is served at {url}", flush=True)
+    print(f"{shelf.home} is served at {url}", flush=True)
     page.block_thread()
+
+
+def is_offline() -> bool:
+    """Whether the environment keeps programs off the Hugging Face Hub; models that are not here are not shown then."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 if __name__ == "__main__":

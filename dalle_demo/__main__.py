@@ -1,12 +1,13 @@
-"""command line -> generate, train and data, one subcommand each: python -m dalle_demo --help."""
+"""command line -> generate, data, train and weights, one subcommand each: python -m dalle_demo --help."""
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from dalle_demo.config import GenerateParams, ParamError, is_whole
 
@@ -24,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options) or 0
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install -r requirements-train.txt", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(stop if stop.args else "stopped", file=sys.stderr)
     except (ValueError, OSError) as error:  # WeightsError and ParamError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
     return 2
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add_generate(commands.add_parser("generate", help="draw pictures from prompts"))
     add_data(commands.add_parser("data", help="build a training set"))
     add_train(commands.add_parser("train", help="train one stage of a model"))
+    add_weights(commands.add_parser("weights", help="list, fetch, convert and publish weights"))
     return root
 
 
@@ -172,6 +174,110 @@ def run_train(options: argparse.Namespace) -> None:
         "dalle": lambda workers: stages.DalleStage(data, config, options.vqgan, options.text, out, workers, seed),
     }
     loop.train(make_stage[options.stage], plan, out, options.resume)
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """python -m dalle_demo weights list, pull, convert, push."""
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="what is here, and what it takes to get the rest")
+    listing.add_argument("--check", action="store_true", help="ask the Hub whether what was fetched has moved on")
+    listing.set_defaults(run=run_list)
+    pull = actions.add_parser("pull", help="fetch weights from the Hugging Face Hub")
+    pull.add_argument("name", help="preset, or user/name of a repository in the format of this program")
+    pull.add_argument("--revision", metavar="HEX", help="commit to fetch, 40 digits (default: main)")
+    pull.add_argument("--update", action="store_true", help="replace what is here by what main is now")
+    pull.set_defaults(run=lambda options: print(fetch(options.name, options.update, options.revision)))
+    convert = actions.add_parser("convert", help="convert files that are on the disk")
+    convert.add_argument("folder", type=Path, help="folder with the files, under the names that `pull` gives them")
+    convert.add_argument("--form", choices=["min-dalle", "flax"], required=True)
+    convert.add_argument("--preset", required=True, help="sizes of the model, such as mini")
+    convert.add_argument("--out", type=Path, required=True, help="folder to write")
+    convert.set_defaults(run=run_convert)
+    push = actions.add_parser("push", help="upload weights with their model card")
+    push.add_argument("folder", help="folder of weights, or preset")
+    push.add_argument("--to", required=True, metavar="USER/NAME", help="repository; made if there is none")
+    push.add_argument("--private", action="store_true", help="for your eyes only")
+    push.set_defaults(run=run_push)
+
+
+def run_list(options: argparse.Namespace) -> None:
+    """A line for all weights that are known; with --check, one more for each that has moved on."""
+    from dalle_demo import hub, weights
+
+    for entry in weights.listing():
+        size = f"{entry.size / 1e9:.2f} GB" if entry.size >= 1e7 else f"{entry.size / 1e6:.2f} MB"
+        state = entry.folder or f"not here: python -m dalle_demo weights pull {entry.name}"
+        origin = entry.repo or "part of this checkout"
+        commit = f" {entry.commit[:12]}" if entry.commit else ""
+        print(f"{entry.name:12} {size:>8}  {entry.licence:15} {origin}{commit}  {state}")
+        if options.check and entry.commit and (now := hub.head(entry.repo)) != entry.commit:
+            print(f"{'':12} {entry.repo} has moved on to {now[:12]}: weights pull {entry.name} --update follows")
+
+
+def ensure(name: str) -> str:
+    """Name of weights that are here, fetched if they were not and can be."""
+    from dalle_demo import weights
+
+    try:
+        weights.find(name)
+    except weights.WeightsError:
+        if not weights.can_pull(name):
+            raise
+        print(f"{name} is not here: fetching it from the Hugging Face Hub", file=sys.stderr)
+        fetch(name)
+    return name
+
+
+def fetch(name: str, update: bool = False, revision: str | None = None) -> Path:
+    """Folder of a preset or repository, pulled with a line of progress on the terminal where it is not here."""
+    from dalle_demo import weights
+
+    try:
+        return weights.pull(name, progress_line(name, sys.stderr), update=update, revision=revision)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("\nstopped; the same command goes on") from None
+
+
+def progress_line(name: str, stream: TextIO) -> Callable[[int, int], None]:
+    """Report of a download that rewrites one line of a terminal; of anything else, nothing."""
+    begun: list[float] = []  # time and bytes at the first report: what was here already is no speed
+    shown = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if not begun:
+            begun.extend((now, done))
+        if not stream.isatty() or (now - shown < 0.2 and done < total):
+            return
+        shown = now
+        speed = (done - begun[1]) / max(now - begun[0], 1e-3)
+        line = f"{name}: {done * 100 // max(total, 1)} % of {total / 1e9:.2f} GB, {speed / 1e6:.1f} MB/s"
+        if speed:
+            line += ", {}:{:02d} left".format(*divmod(int((total - done) / speed), 60))
+        print(f"\r{line:70}", end="\n" if done == total else "", file=stream, flush=True)
+
+    return report
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Convert a folder of files of another program."""
+    from dalle_demo import weights
+    from dalle_demo.config import SOURCES
+
+    if options.preset not in SOURCES:
+        raise ValueError(f"--preset must be one of {', '.join(SOURCES)}")
+    if options.out.exists():
+        raise ValueError(f"{options.out} is there already: name a new folder")
+    weights.convert_folder(options.folder, options.form, options.preset, options.out)
+    print(options.out)
+
+
+def run_push(options: argparse.Namespace) -> None:
+    """Upload a folder and print where it is."""
+    from dalle_demo import weights
+
+    print(weights.push(options.folder, options.to, options.private))
 
 
 if __name__ == "__main__":

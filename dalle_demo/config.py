@@ -30,6 +30,7 @@ class VQGANConfig:
     levels: tuple[int, ...] = ()  # fsq only: values per dimension
     vq_size: int = 0  # vq only: entries of the codebook
     vq_dim: int = 0  # vq only: their width
+    encoder: bool = True  # without one, tokens become pixels and nothing else
 
     @property
     def downsample(self) -> int:
@@ -67,6 +68,7 @@ class TextEncoderConfig:
     layers: int
     heads: int
     glu_width: int
+    ascii_only: bool = False  # emoji spelled out and other characters dropped, as DALL-E Mini reads prompts
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,6 @@ class DalleConfig:
     vqgan: VQGANConfig
     text_encoder: TextEncoderConfig
     image_decoder: ImageDecoderConfig
-    filler: int = 0  # token shown in previews where nothing is drawn yet
     defaults: dict[str, float] = field(default_factory=dict)  # of GenerateParams, chosen for this model
 
 
@@ -125,10 +126,12 @@ def _dalle_mini(text_vocab: int, image_vocab: int, width: int, layers: int, head
         attention=(16,),
         vq_size=16384,
         vq_dim=256,
+        encoder=False,
     )
-    text = TextEncoderConfig(text_vocab, 64, width, layers, heads, glu_width)
+    text = TextEncoderConfig(text_vocab, 64, width, layers, heads, glu_width, ascii_only=True)
     image = ImageDecoderConfig(image_vocab + 1, vqgan.tokens, 16384, width, width, layers, heads, glu_width)
-    return DalleConfig(vqgan, text, image, filler=16383)
+    defaults = {"n": 1, "temperature": 1.0, "top_k": 256, "guidance_scale": 10.0}
+    return DalleConfig(vqgan, text, image, defaults)
 
 
 PRESETS: dict[str, DalleConfig] = {
@@ -137,6 +140,42 @@ PRESETS: dict[str, DalleConfig] = {
     "mega": _dalle_mini(50272, 16415, width=2048, layers=24, heads=32, glu_width=4096),
 }
 
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository; `size` in bytes of its tensors, where it is known: the file is a little larger."""
+
+    path: str
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a preset comes from on the Hugging Face Hub."""
+
+    repo: str
+    files: dict[str, RemoteFile]  # by the name that each gets here
+    form: Literal["min-dalle", "flax", "dalle_demo"]
+    licence: str
+    revision: str | None = None  # 40 hex digits; None is `main`, as it is at the first download
+
+
+def _min_dalle(suffix: str, encoder: int, decoder: int) -> Source:
+    """Files of kuprel/min-dalle."""
+    files = {
+        "vocab.json": RemoteFile(f"vocab{suffix}.json"),
+        "merges.txt": RemoteFile(f"merges{suffix}.txt"),
+        "encoder.pt": RemoteFile(f"encoder{suffix}.pt", encoder),
+        "decoder.pt": RemoteFile(f"decoder{suffix}.pt", decoder),
+        "detoker.pt": RemoteFile("detoker.pt", 186_839_564),
+    }
+    return Source("kuprel/min-dalle", files, "min-dalle", "Apache-2.0")
+
+
+SOURCES: dict[str, Source] = {
+    "mini": _min_dalle("_mini", 405_182_448, 470_484_976),
+    "mega": _min_dalle("", 2_220_044_288, 2_954_997_760),
+}
 
 PARTS = {"vqgan": VQGANConfig, "text_encoder": TextEncoderConfig, "image_decoder": ImageDecoderConfig}
 

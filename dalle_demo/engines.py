@@ -3,8 +3,6 @@
 An engine owns what is scarce: the processor (one lock, a measured number of threads) and the number format.
 """
 
-import copy
-import os
 import random
 import threading
 import time
@@ -19,16 +17,21 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_demo.config import MAX_SEED, GenerateParams
+from dalle_demo.hardware import (
+    fastest_format,
+    fastest_threads,
+    pick_device,
+    pixel_type,
+    place_text_encoder,
+    place_transformer,
+    place_vqgan,
+)
 from dalle_demo.images import to_pil
-from dalle_demo.models.transformer import ImageDecoder
 from dalle_demo.sampling import draw_uniforms, guide, sample
-from dalle_demo.text import PAD
+from dalle_demo.text import PAD, spelled
 from dalle_demo.weights import Dalle, load_dalle
 
-# From four rows on, matrix products give a row the same bits whatever its batch is (measured with MKL and oneDNN);
-# under four they take other code paths. Short batches are filled up to it.
-MIN_ROWS = 4
-MEASURED_STEPS = 6
+PREVIEW_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -49,28 +52,43 @@ class Update:
 class DalleEngine:
     """Draws with a DALL-E model; may be called from many threads, and serves them one after another."""
 
-    def __init__(self, model: Dalle, threads: int | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Dalle,
+        threads: int | None = None,
+        form: str | None = None,
+        device: str | torch.device | None = None,
+    ):
         self.model = model
         self.config = model.config
+        self.device = torch.device(device) if device else pick_device()
         self._lock = threading.Lock()
         with torch.inference_mode():
-            self.dtype = dtype or self._fastest_format()
-            for module in (model.text_encoder, model.image_decoder, model.vqgan):
-                module.to(self.dtype)
-            self.threads = threads or self._fastest_threads()
+            self.format = form or fastest_format(self.config.image_decoder, self.device)
+            place_transformer(model.image_decoder, self.format, self.device)
+            place_text_encoder(model.text_encoder, self.format, self.device)
+            place_vqgan(model.vqgan, self.format, self.device)
+            self.threads = threads or fastest_threads(model.image_decoder, self.format, self.device)
             torch.set_num_threads(self.threads)
             self._uncond = self._encode("")
 
     @classmethod
-    def load(cls, preset: str = "nano", threads: int | None = None, dtype: torch.dtype | None = None) -> "DalleEngine":
-        """Engine for a preset or a folder of weights; raises WeightsError.
+    def load(
+        cls,
+        preset: str = "nano",
+        threads: int | None = None,
+        form: str | None = None,
+        device: str | None = None,
+    ) -> "DalleEngine":
+        """Engine for a preset or a folder of weights; raises WeightsError, and ValueError for an unknown format.
 
         Args:
             preset: name of a preset, or a folder.
             threads: processor threads, measured when None; another number rounds differently in the last bits.
-            dtype: number format, measured when None.
+            form: number format of the weights, one of hardware.FORMATS, measured when None.
+            device: "cpu", "cuda" or "mps"; a graphics card if there is one when None.
         """
-        return cls(load_dalle(preset), threads, dtype)
+        return cls(load_dalle(preset), threads, form, torch.device(device) if device else None)
 
     @classmethod
     def like(cls, origin: Mapping[str, Any], preset: str | None = None) -> "DalleEngine":
@@ -78,11 +96,10 @@ class DalleEngine:
 
         Raises ValueError when the weights at hand are other ones.
         """
-        formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         threads = origin.get("threads")
         if not isinstance(threads, int) or not 1 <= threads <= 1024:
             raise ValueError(f"the picture's settings name {threads!r} threads")
-        engine = cls.load(preset or str(origin.get("model")), threads, formats.get(origin.get("format")))
+        engine = cls.load(preset or str(origin.get("model")), threads, str(origin.get("format")))
         if engine.origin["weights"] != origin.get("weights"):
             raise ValueError(
                 f"the picture was drawn by other weights than these of {engine.name}; give --preset FOLDER"
@@ -101,7 +118,7 @@ class DalleEngine:
             "model": self.name,
             "weights": self.model.sha256[:12],
             "steps": self.config.image_decoder.length,
-            "format": str(self.dtype).removeprefix("torch."),
+            "format": self.format,
             "threads": self.threads,
         }
 
@@ -112,10 +129,15 @@ class DalleEngine:
     def left_out(self, prompt: str) -> str | None:
         """A sentence on what of the prompt the model cannot read, if anything."""
         length = self.config.text_encoder.length
-        dropped = self.model.tokenizer.encode(prompt, length).dropped
-        if not dropped:
-            return None
-        return f"The end of the prompt was left out: this model reads {length} tokens, it has {length + dropped}."
+        encoded = self.model.tokenizer.encode(prompt, length)
+        if encoded.empty and prompt.strip():
+            return "This model reads English only, and nothing of this prompt: the pictures have nothing to do with it."
+        parts = []
+        if encoded.unread:
+            parts.append(f"characters that it cannot read ({spelled(encoded.unread)})")
+        if encoded.dropped:
+            parts.append(f"the end of the prompt (it has {length + encoded.dropped} tokens, {length} are read)")
+        return f"This model left out {' and '.join(parts)}." if parts else None
 
     def generate(self, params: GenerateParams, stop: threading.Event | None = None) -> Iterator[Update]:
         """Yield an update each time a row of tokens is finished, the last one with the finished pictures.
@@ -142,20 +164,29 @@ class DalleEngine:
             self._lock.release()
 
     def _draw(self, params: GenerateParams, seeds: list[int]) -> Iterator[Update]:
-        """Prompt to pixels; an update without images after each token, one with previews after each row."""
+        """Prompt to pixels; an update without images after each token, one with previews after each row.
+
+        Rows for which a preview would take too long have that of an earlier one.
+        """
         length, row = self.config.image_decoder.length, self.config.vqgan.grid
+        ration, preview = Ration(self.config.vqgan.grid), []
         text = self._encode(params.prompt)
         step = self._guided_step(text, params.guidance_scale, params.n)
-        uniforms = draw_uniforms(seeds, length)
+        uniforms = draw_uniforms(seeds, length).to(self.device)
         tokens = sample(step, uniforms, self.config.image_decoder.bos, params.temperature, params.top_k, params.top_p)
         for count, so_far in enumerate(tokens, start=1):
             if count == length:
-                yield Update(count, length, self._finish(so_far), seeds)
-            else:
-                yield Update(count, length, [] if count % row else self._preview(so_far), seeds)
+                break
+            if count % row == 0 and ration.allows(count // row):
+                start = time.monotonic()
+                preview = self._preview(so_far)
+                ration.spend(count // row, time.monotonic() - start)
+            yield Update(count, length, [] if count % row else preview, seeds)
+        del step, tokens  # with the cache, which decoding has better use for
+        yield Update(length, length, self._finish(so_far), seeds)
 
     def _encode(self, prompt: str) -> tuple[Float[Tensor, "1 T D"], Bool[Tensor, "1 T"]]:
-        ids = self.model.tokenizer.batch([prompt], self.config.text_encoder.length)
+        ids = self.model.tokenizer.batch([prompt], self.config.text_encoder.length).to(self.device)
         mask = ids != PAD
         return self.model.text_encoder(ids, mask), mask
 
@@ -165,80 +196,52 @@ class DalleEngine:
         """Step function over the codes: rows of the prompt and, with guidance, of the empty prompt in one batch."""
         decoder, codes = self.model.image_decoder, self.config.vqgan.codebook_size
         prompts = [text] if scale == 1 else [text, self._uncond]
-        copies = max(n, -(-MIN_ROWS // len(prompts)))
-        cache = decoder.prefill(*_repeat(prompts, copies))
+        cache = decoder.prefill(*_stack(prompts), n)
 
         def step(image_tokens: Tensor, position: int) -> Tensor:
-            filled = torch.cat([image_tokens, image_tokens[:1].expand(copies - n)])
-            logits = decoder.step(filled.repeat(len(prompts)), position, cache)[:, :codes]
-            if len(prompts) == 1:
-                return logits[:n]
-            cond, uncond = logits.float().chunk(2)
-            return guide(cond[:n], uncond[:n], scale)
+            logits = decoder.step(image_tokens.repeat(len(prompts)), position, cache)[:, :codes]
+            return logits if len(prompts) == 1 else guide(*logits.float().chunk(2), scale)
 
         return step
 
     def _preview(self, tokens: Int[Tensor, "B M"]) -> list[Image.Image]:
-        missing = self.config.vqgan.tokens - tokens.shape[1]
-        return to_pil(self._decode(F.pad(tokens, (0, missing), value=self.config.filler)))
+        """Pictures of the rows that are finished, white below."""
+        pixels = self._decode(tokens)
+        return to_pil(F.pad(pixels, (0, 0, 0, self.config.vqgan.image_size - pixels.shape[2]), value=1.0))
 
     def _finish(self, tokens: Int[Tensor, "B N"]) -> list[Image.Image]:
         """Decode one picture at a time, since convolutions may round differently in another batch."""
         return [picture for row in tokens for picture in to_pil(self._decode(row[None]))]
 
-    def _decode(self, tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:
-        latents = self.model.vqgan.lookup(tokens)
-        return self.model.vqgan.decode(latents.to(self.dtype))
-
-    def _fastest_format(self) -> torch.dtype:
-        """fp32, or bf16 where the processor multiplies it and a decoding step gains by it."""
-        decoder = self.model.image_decoder
-        if not has_native_bf16():
-            return torch.float32
-        plain = _seconds_per_step(decoder, torch.float32)
-        short = _seconds_per_step(copy.deepcopy(decoder).to(torch.bfloat16), torch.bfloat16)
-        return torch.bfloat16 if short < plain else torch.float32
-
-    def _fastest_threads(self) -> int:
-        """Number of threads with the shortest step right now: on a busy machine fewer are faster."""
-        timings = {}
-        for threads in _thread_counts():
-            torch.set_num_threads(threads)
-            timings[threads] = _seconds_per_step(self.model.image_decoder, self.dtype)
-        return min(timings, key=timings.get)
+    def _decode(self, tokens: Int[Tensor, "B M"]) -> Float[Tensor, "B 3 H W"]:
+        latents = self.model.vqgan.lookup(tokens.unflatten(1, (-1, self.config.vqgan.grid)))
+        return self.model.vqgan.decode(latents.to(pixel_type(self.format)))
 
 
-def has_native_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+class Ration:
+    """Says when to make a preview, so that all of them take about PREVIEW_SHARE of the time that the tokens take.
+
+    A preview of r rows costs r times what one of a row does. Made every g of R rows, they cost R^2 / 2g of that.
+    """
+
+    def __init__(self, rows: int):
+        self._rows, self._last, self._gap = rows, 0, 0.0
+        self._start, self._spent = time.monotonic(), 0.0
+
+    def allows(self, rows: int) -> bool:
+        """Whether to make one when this many rows are finished; the first is always made."""
+        return rows - self._last >= self._gap
+
+    def spend(self, rows: int, seconds: float) -> None:
+        """Note what a preview cost."""
+        self._spent, self._last = self._spent + seconds, rows
+        tokens = time.monotonic() - self._start - self._spent  # seconds
+        self._gap = (seconds / rows) * self._rows / (2 * PREVIEW_SHARE * max(tokens / rows, 1e-9))
 
 
-def _thread_counts() -> list[int]:
-    """Powers of two up to the cores that this process may use, and their number itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
-
-
-def _seconds_per_step(decoder: ImageDecoder, dtype: torch.dtype) -> float:
-    """Seconds of the quickest of a few decoding steps of eight rows, that is four guided pictures."""
-    text = torch.zeros(8, 4, decoder.text_width, dtype=dtype)
-    cache = decoder.prefill(text, torch.ones(8, 4, dtype=torch.bool))
-    tokens = torch.zeros(8, dtype=torch.long)
-    timings = []
-    for position in range(MEASURED_STEPS):
-        start = time.perf_counter()
-        decoder.step(tokens, position, cache)
-        timings.append(time.perf_counter() - start)
-    return min(timings)
-
-
-def _repeat(prompts: list[tuple[Tensor, Tensor]], copies: int) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
-    """Stack prompts of different lengths, padded and masked, each `copies` times in a row."""
+def _stack(prompts: list[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "P T D"], Bool[Tensor, "P T"]]:
+    """Stack prompts of different lengths, padded and masked."""
     longest = max(mask.shape[1] for _, mask in prompts)
-    states, masks = [], []
-    for state, mask in prompts:
-        missing = longest - mask.shape[1]
-        states.append(F.pad(state, (0, 0, 0, missing)).expand(copies, -1, -1))
-        masks.append(F.pad(mask, (0, missing)).expand(copies, -1))
+    states = [F.pad(state, (0, 0, 0, longest - state.shape[1])) for state, _ in prompts]
+    masks = [F.pad(mask, (0, longest - mask.shape[1])) for _, mask in prompts]
     return torch.cat(states), torch.cat(masks)

@@ -19,7 +19,7 @@ CHUNK = "dalle_demo"  # name of the PNG text chunk that holds the whole request 
 def to_pil(pixels: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
     """Round pixels in [-1, 1] (clipped) to 8-bit RGB pictures."""
     scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in scaled.permute(0, 2, 3, 1).contiguous().numpy()]
+    return [Image.fromarray(picture) for picture in scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def from_pil(pictures: Sequence[Image.Image]) -> Float[Tensor, "B 3 H W"]:

@@ -64,8 +64,8 @@ def sample(
         top_p: see `filter_logits`.
     """
     batch, length = uniforms.shape
-    tokens = torch.empty(batch, length, dtype=torch.long)
-    previous = torch.full((batch,), bos)
+    tokens = torch.empty(batch, length, dtype=torch.long, device=uniforms.device)
+    previous = torch.full((batch,), bos, device=uniforms.device)
     for position in range(length):
         logits = step(previous, position).float() / temperature
         previous = choose(filter_logits(logits, top_k, top_p), uniforms[:, position])

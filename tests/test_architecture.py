@@ -14,9 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from rows above its own. Members of a row are separated by spaces.
 ROWS = (
     "config images models",
-    "text sampling data",
+    "text sampling data hardware",
+    "convert hub",
     "weights",
     "engines",
+    "shelf",
     "training evaluation",
     "serving",
     "ui __main__",
@@ -85,7 +87,8 @@ def test_images_knows_nothing_of_the_package():
     [
         ("gradio", ("ui/", "app.py")),
         ("safetensors", ("dalle_demo/weights.py",)),
-        ("huggingface_hub", ("dalle_demo/weights.py",)),
+        ("huggingface_hub", ("dalle_demo/hub.py",)),
+        ("httpx2", ("dalle_demo/hub.py",)),
     ],
 )
 def test_a_library_stays_in_its_home(library, homes):
@@ -109,7 +112,10 @@ def test_pickles_are_read_as_weights_only(path):
             assert options.get("allow_pickle", "False") == "False", f"{path}:{node.lineno}"
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-            assert not names & {"pickle", "cloudpickle", "dill", "joblib"}, f"{path}:{node.lineno}"
+            allowed = {"pickle"} if path.name == "convert.py" and isinstance(node, ast.Import) else set()
+            assert not names & {"pickle", "cloudpickle", "dill", "joblib"} - allowed, f"{path}:{node.lineno}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            assert node.attr == "UnpicklingError", f"{path}:{node.lineno}: to be caught, not to read with"
 
 
 @pytest.mark.parametrize("path", [*FILES, ROOT / "app.py"], ids=identify)

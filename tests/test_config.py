@@ -157,7 +157,6 @@ def test_parts_of_a_preset_fit_each_other(preset):
     assert decoder.length == vqgan.tokens == vqgan.grid**2
     assert vqgan.grid * vqgan.downsample == vqgan.image_size
     assert vqgan.codebook_size <= decoder.bos < decoder.vocab_size
-    assert 0 <= config.filler < vqgan.codebook_size
     assert decoder.text_width == config.text_encoder.width
     for part in (config.text_encoder, decoder):
         assert part.width % part.heads == 0

@@ -61,8 +61,8 @@ def test_picture_i_is_the_only_picture_of_seed_plus_i(engine, seed, guidance):
         assert draw(engine, n=n, seed=seed, guidance_scale=guidance) == alone[:n]
 
 
-@pytest.fixture(scope="module")
-def nano_sized(engine) -> DalleEngine:
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def nano_sized(engine, request) -> DalleEngine:
     """Random weights in the sizes that are shipped, where matrix products take other code paths than in tiny ones."""
     torch.manual_seed(4)
     preset = PRESETS["nano"]
@@ -72,7 +72,7 @@ def nano_sized(engine) -> DalleEngine:
         part.eval().requires_grad_(False)
     for parameter in parts[2].parameters():
         parameter.data.mul_(2 if parameter.ndim >= 2 else 1)
-    return DalleEngine(Dalle("random", "0" * 64, config, engine.model.tokenizer, *parts), dtype=torch.float32)
+    return DalleEngine(Dalle("random", "0" * 64, config, engine.model.tokenizer, *parts), form=request.param)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -149,9 +149,9 @@ def test_pictures_are_the_decoded_tokens(engine, monkeypatch):
     original = engine._finish
     monkeypatch.setattr(engine, "_finish", lambda found: tokens.append(found.clone()) or original(found))
     last = finish(engine, GenerateParams(PROMPT, n=2, seed=3))
-    vqgan = engine.model.vqgan
+    vqgan, vqgan_grid = engine.model.vqgan, engine.config.vqgan.grid
     for picture, row in zip(last.images, tokens[0], strict=True):
-        assert picture.tobytes() == to_pil(vqgan.decode(vqgan.lookup(row[None])))[0].tobytes()
+        assert picture.tobytes() == to_pil(vqgan.decode(vqgan.lookup(row.view(1, vqgan_grid, vqgan_grid))))[0].tobytes()
 
 
 def test_updates_have_their_full_length_from_the_first(engine):
@@ -166,15 +166,43 @@ def test_updates_have_their_full_length_from_the_first(engine):
     assert [update.final for update in updates] == [False] * (grid - 1) + [True]
 
 
-def test_previews_show_filler_where_nothing_is_drawn(engine, monkeypatch):
+def test_previews_show_finished_rows_on_white(engine, monkeypatch):
+    monkeypatch.setattr(engines.Ration, "allows", lambda self, rows: True)
     seen = []
     original = engine.model.vqgan.lookup
     monkeypatch.setattr(engine.model.vqgan, "lookup", lambda tokens: seen.append(tokens.clone()) or original(tokens))
-    list(engine.generate(GenerateParams(PROMPT, n=1, seed=1)))
-    grid, final = engine.config.vqgan.grid, seen[-1]
-    for row, preview in enumerate(seen[:-1], start=1):
-        assert torch.equal(preview[:, : row * grid], final[:, : row * grid])
-        assert preview[:, row * grid :].eq(engine.config.filler).all()
+    updates = list(engine.generate(GenerateParams(PROMPT, n=1, seed=1)))
+    final, side = seen[-1], engine.config.vqgan.downsample
+    for row, (tokens, update) in enumerate(zip(seen, updates, strict=True), start=1):
+        assert torch.equal(tokens, final[:, :row])
+        assert np.all(np.asarray(update.images[0])[row * side :] == 255)
+
+
+@pytest.mark.parametrize(("cost", "fewest"), [(0.1, 10), (3.0, 3), (6.0, 2)])
+def test_previews_take_a_small_share_of_the_time(monkeypatch, cost, fewest):
+    """A clock on which a row of tokens takes 16 s, and decoding one `cost`."""
+    clock = [0.0]
+    monkeypatch.setattr(engines.time, "monotonic", lambda: clock[0])
+    ration, made = engines.Ration(16), []
+    for rows in range(1, 16):
+        clock[0] += 16
+        if ration.allows(rows):
+            clock[0] += cost * rows
+            ration.spend(rows, cost * rows)
+            made.append(rows)
+    assert made[0] == 1
+    assert len(made) >= fewest
+    assert cost * sum(made) <= 1.2 * engines.PREVIEW_SHARE * 256
+
+
+def test_a_preview_that_would_take_too_long_is_an_earlier_one(engine, monkeypatch):
+    allowed = iter([True, False, True, *[False] * 20])
+    monkeypatch.setattr(engines.Ration, "allows", lambda self, rows: next(allowed))
+    updates = list(engine.generate(GenerateParams(PROMPT, n=2, seed=1)))
+    assert updates[1].images is updates[0].images
+    assert updates[2].images is not updates[1].images
+    assert updates[-2].images is updates[2].images
+    assert updates[-1].images is not updates[2].images
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -333,50 +361,29 @@ def test_says_what_was_left_out_of_a_long_prompt(engine):
     assert draw(engine, words, n=1, seed=1) == draw(engine, words + "apple", n=1, seed=1)
 
 
-def test_bf16_engine_draws(nano_folder, monkeypatch):
-    monkeypatch.setattr(engines, "has_native_bf16", lambda: True)
-    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(engines, "_seconds_per_step", lambda decoder, dtype: seconds[dtype])
-    engine = DalleEngine.load(str(nano_folder))
-    assert engine.dtype == torch.bfloat16
-    assert {parameter.dtype for parameter in engine.model.image_decoder.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("form", ["float16", "bfloat16"])
+def test_draws_in_every_format(nano_folder, form):
+    engine = DalleEngine.load(str(nano_folder), form=form)
+    assert engine.origin["format"] == form
     assert len(draw(engine, n=2, seed=1, guidance_scale=2)) == 2
 
 
-def test_fp32_is_kept_where_bf16_gains_nothing(nano_folder, monkeypatch):
-    monkeypatch.setattr(engines, "has_native_bf16", lambda: True)
-    original = engines._seconds_per_step
-    seconds = {torch.float32: 1.0, torch.bfloat16: 2.0}
-    monkeypatch.setattr(
-        engines, "_seconds_per_step", lambda decoder, dtype: (original(decoder, dtype), seconds[dtype])[1]
-    )
-    engine = DalleEngine.load(str(nano_folder))
-    assert engine.dtype == torch.float32
-    for part in (engine.model.image_decoder, engine.model.text_encoder, engine.model.vqgan):
-        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+def test_fp16_weights_draw_what_fp32_ones_do(engine, nano_folder):
+    """Stored weights are fp16, so nothing is lost."""
+    packed = DalleEngine.load(str(nano_folder), form="float16")
+    settings = {"n": 3, "seed": 5, "temperature": 0.05}
+    assert draw(packed, **settings) == draw(engine, **settings)
 
 
-def test_takes_the_fastest_number_of_threads(nano_folder, monkeypatch):
-    monkeypatch.setattr(engines, "has_native_bf16", lambda: False)
-    monkeypatch.setattr(engines, "_thread_counts", lambda: [1, 2])
-    for fastest in (1, 2):
-        monkeypatch.setattr(
-            engines, "_seconds_per_step", lambda *_, best=fastest: 1.0 if torch.get_num_threads() == best else 2.0
-        )
-        assert DalleEngine.load(str(nano_folder)).threads == fastest
+def test_refuses_an_unknown_format(nano_folder):
+    with pytest.raises(ValueError, match="float8"):
+        DalleEngine.load(str(nano_folder), form="float8")
 
 
 def test_a_given_number_of_threads_is_kept(nano_folder, monkeypatch):
-    monkeypatch.setattr(engines, "has_native_bf16", lambda: False)
-    monkeypatch.setattr(DalleEngine, "_fastest_threads", lambda self: pytest.fail("measured although given"))
+    monkeypatch.setattr(engines, "fastest_threads", lambda *_: pytest.fail("measured although given"))
     engine = DalleEngine.load(str(nano_folder), threads=1)
     assert engine.threads == 1
     torch.set_num_threads(2)
     draw(engine, n=1, seed=1)
     assert torch.get_num_threads() == 1  # whoever drew last, each engine draws with its own number
-
-
-def test_thread_counts_end_at_the_cores_of_this_process(monkeypatch):
-    for cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])):
-        monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
-        assert engines._thread_counts() == expected

@@ -238,7 +238,7 @@ def run_help(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("train",), ("data",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("train",), ("data",), ("weights",), ("weights", "pull")])
 def test_help_loads_nothing_heavy(command):
     done = run_help(*command)
     assert "usage:" in done.stdout, done.stderr

@@ -1,9 +1,13 @@
-"""Any prompt of any script has ids, framed and padded as the encoder expects."""
+"""Any prompt of any script has ids, framed and padded as the encoder expects; DALL-E Mini's are those of min-dalle."""
 
+import json
+from pathlib import Path
+
+import min_dalle_reference as reference
 import pytest
 import torch
 
-from dalle_demo.text import END, PAD, START, UNKNOWN, Tokenizer, clean
+from dalle_demo.text import END, PAD, START, UNKNOWN, Tokenizer, clean, spelled
 from dalle_demo.weights import load_tokenizer
 
 
@@ -102,3 +106,110 @@ def test_training_is_repeatable():
     texts = ["a red apple", "a red pear", "two red apples"]
     ids = {tuple(Tokenizer.train(texts, 280).encode("a red pear", 50).ids) for _ in range(2)}
     assert len(ids) == 1
+
+
+# ---------------------------------------------------------------- the vocabularies of DALL-E Mini
+
+
+@pytest.fixture(scope="module")
+def min_dalle(tmp_path_factory) -> Path:
+    return reference.folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=["as converted", "read again"])
+def mini(request, min_dalle, tmp_path_factory) -> Tokenizer:
+    tokenizer = Tokenizer.from_bpe(min_dalle / "vocab.json", min_dalle / "merges.txt")
+    if request.param == "as converted":
+        return tokenizer
+    path = tmp_path_factory.mktemp("mini") / "tokenizer.json"
+    tokenizer.save(path)
+    return Tokenizer.from_file(path, ascii_only=True)
+
+
+def test_ids_are_those_of_min_dalle(mini, min_dalle):
+    prompts, theirs = (json.loads((min_dalle / f"{name}.json").read_text()) for name in ("prompts", "ids"))
+    assert len(set(prompts)) >= 600
+    for prompt, ids in zip(prompts, theirs, strict=True):
+        encoded = mini.encode(prompt, 10_000)
+        assert encoded.ids == ids, prompt
+        assert encoded.dropped == 0
+        assert (UNKNOWN in ids) <= bool(encoded.unread), prompt
+
+
+def test_merges_and_unknown_characters_are_among_the_prompts(min_dalle):
+    """So that the test above means something."""
+    ids = json.loads((min_dalle / "ids.json").read_text())
+    vocab = json.loads((min_dalle / "vocab.json").read_text())
+    used = set().union(*ids)
+    assert sum(len(token) > 3 and number in used for token, number in vocab.items()) > 100
+    assert UNKNOWN in used
+
+
+def test_long_prompt_keeps_its_end_mark(mini, min_dalle):
+    """Where min-dalle cuts it off, and shows a stray word to the unconditional row."""
+    prompt = "the cat on the wall " * 30
+    whole = mini.encode(prompt, 10_000).ids
+    encoded = mini.encode(prompt, 64)
+    assert encoded.ids == [*whole[:63], END]
+    assert encoded.dropped == len(whole) - 64 > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unread"),
+    [
+        ("a red apple", ""),
+        ("a café, a café", "é"),
+        ("一只小狗", "一只小狗"),
+        ("a 🍕 and a ❤️", ""),
+        ("tab\there~", "\t~"),
+        ("a\u00a0b", "\u00a0"),
+        ("👨‍👩‍👧 🇩🇪 1️⃣", ""),
+        ("<s>", ""),
+    ],
+    ids=ascii,
+)
+def test_tells_what_was_not_read(mini, prompt, unread):
+    assert sorted(mini.encode(prompt, 64).unread) == sorted(unread)
+
+
+def test_prompt_without_english_is_empty(mini):
+    assert mini.encode("一只小狗", 64).empty
+    assert not mini.encode("一只小狗 x", 64).empty
+
+
+def test_the_known_ids_of_a_notebook():
+    """dalle-mini's own ids of this sentence; only the merges that it needs, numbered as published."""
+    words = ["darth", "vader", "at", "a", "playground", "with", "young", "lings", "in", "shibuya", "."]
+    numbers = [19109, 22981, 202, 58, 11071, 208, 2466, 8233, 91, 43085, 12]
+    vocab, merges = dict(zip(["<s>", "<pad>", "</s>", "<unk>"], range(4), strict=True)), []
+    for word, number in zip(words, numbers, strict=True):
+        whole = word if word in ("lings", ".") else "Ġ" + word
+        for end in range(1, len(whole)):
+            pair = whole[:end], whole[end]
+            merges.append(" ".join(pair))
+            for part in pair:
+                vocab.setdefault(part, 50_000 + len(vocab))
+        vocab[whole] = number
+    tokenizer = Tokenizer.from_merges(vocab, dict.fromkeys(merges))
+    ids = tokenizer.encode("Darth Vader at a playground with younglings in Shibuya.", 64).ids
+    assert ids == [0, 19109, 22981, 202, 58, 11071, 208, 2466, 8233, 91, 43085, 12, 2]
+
+
+def test_subwords_beyond_the_table_have_no_ids(min_dalle):
+    """A published vocabulary has one more entry than its model; its id would be out of range."""
+    files = min_dalle / "vocab.json", min_dalle / "merges.txt"
+    prompts = json.loads((min_dalle / "prompts.json").read_text())
+    for rows in (500, 699):
+        small = Tokenizer.from_bpe(*files, rows)
+        assert max(max(small.encode(prompt, 64).ids) for prompt in prompts) < rows
+
+
+def test_vocabulary_in_another_order_is_refused(min_dalle):
+    vocab = json.loads((min_dalle / "vocab.json").read_text())
+    with pytest.raises(ValueError, match="<s> <pad> </s> <unk>"):
+        Tokenizer.from_merges(vocab | {"<pad>": 2, "</s>": 1}, [])
+
+
+def test_characters_are_spelled_for_a_message():
+    assert spelled("é一\t\u00a0\x00") == "é 一 tab no-break space U+0000"
+    assert spelled("abc", at_most=2) == "a b …"

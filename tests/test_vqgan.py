@@ -1,5 +1,7 @@
 """The picture tokenizer: codes mean what the quantizer chose, gradients pass it, and names fit published weights."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,11 @@ def pixels(config) -> torch.Tensor:
     return torch.rand(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
+def as_grid(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N) of a square picture -> (B, h, w)."""
+    return tokens.unflatten(1, (int(tokens.shape[1] ** 0.5), -1))
+
+
 def test_shapes(vqgan, config, pixels):
     ours, tokens, loss = vqgan(pixels)
     assert ours.shape == pixels.shape
@@ -49,22 +56,22 @@ def test_shapes(vqgan, config, pixels):
     assert tokens.dtype == torch.long
     assert 0 <= tokens.min() <= tokens.max() < config.codebook_size
     assert len(tokens.unique()) > 1
-    assert vqgan.lookup(tokens).shape == (3, config.codebook_dim, config.grid, config.grid)
+    assert vqgan.lookup(as_grid(tokens)).shape == (3, config.codebook_dim, config.grid, config.grid)
 
 
 def test_lookup_of_tokens_is_what_the_decoder_saw(vqgan, pixels):
     z_q, tokens, _ = vqgan.quantizer(vqgan.quant_conv(vqgan.encoder(pixels)))
     assert torch.equal(vqgan.encode(pixels), tokens)
-    torch.testing.assert_close(vqgan.lookup(tokens), z_q, atol=1e-6, rtol=0)
-    torch.testing.assert_close(vqgan.decode(vqgan.lookup(tokens)), vqgan(pixels)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(vqgan.lookup(as_grid(tokens)), z_q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vqgan.decode(vqgan.lookup(as_grid(tokens))), vqgan(pixels)[0], atol=1e-5, rtol=0)
 
 
 def test_tokens_are_in_raster_order(vqgan, config):
     """Changing one code changes the picture mostly at its own place: row by row from the top left."""
     tokens = torch.zeros(1, config.tokens, dtype=torch.long)
     for place in (1, config.grid):
-        latents = vqgan.lookup(tokens.clone().scatter_(1, torch.tensor([[place]]), config.codebook_size - 1))
-        changed = (latents != vqgan.lookup(tokens))[0].any(0).nonzero().tolist()
+        other = tokens.clone().scatter_(1, torch.tensor([[place]]), config.codebook_size - 1)
+        changed = (vqgan.lookup(as_grid(other)) != vqgan.lookup(as_grid(tokens)))[0].any(0).nonzero().tolist()
         assert changed == [[place // config.grid, place % config.grid]]
 
 
@@ -126,7 +133,7 @@ def test_every_fsq_code_comes_back(levels):
     size = torch.tensor(levels).prod().item()
     side = -(-(size**0.5) // 1)
     tokens = torch.arange(int(side) ** 2)[None] % size
-    codes = quantizer.lookup(tokens)
+    codes = quantizer.lookup(as_grid(tokens))
     assert codes.abs().max() == 1
     z_q, again, _ = quantizer(torch.atanh(codes.clamp(-0.999, 0.999)))
     assert torch.equal(again, tokens)
@@ -135,7 +142,7 @@ def test_every_fsq_code_comes_back(levels):
 
 
 def test_fsq_levels_are_evenly_spaced():
-    codes = FiniteScalarQuantizer((5, 4)).lookup(torch.arange(16)[None])[0].flatten(1)
+    codes = FiniteScalarQuantizer((5, 4)).lookup(torch.arange(16).view(1, 4, 4))[0].flatten(1)
     assert codes[0].unique().tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
     assert codes[1].unique().tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
 
@@ -144,9 +151,9 @@ def test_every_vq_entry_comes_back():
     quantizer = VectorQuantizer(49, 8)
     quantizer.embedding.weight.data.normal_()
     tokens = torch.arange(49)[None]
-    z_q, again, loss = quantizer(quantizer.lookup(tokens))
+    z_q, again, loss = quantizer(quantizer.lookup(as_grid(tokens)))
     assert torch.equal(again, tokens)
-    assert torch.equal(z_q, quantizer.lookup(tokens))
+    assert torch.equal(z_q, quantizer.lookup(as_grid(tokens)))
     assert loss.item() == 0
 
 
@@ -221,3 +228,12 @@ def test_nano_halves_and_restores_the_side():
         assert vqgan.encoder(pixels).shape[2:] == (config.grid, config.grid)
         codes = torch.empty(1, config.codebook_dim, config.grid, config.grid)
         assert vqgan.decode(codes).shape == pixels.shape
+
+
+def test_a_vqgan_without_encoder_only_decodes(config, vqgan, pixels):
+    half = VQGAN(dataclasses.replace(config, encoder=False)).eval()
+    names = set(half.state_dict())
+    assert names == {name for name in vqgan.state_dict() if not name.startswith(("encoder.", "quant_conv."))}
+    half.load_state_dict({name: value for name, value in vqgan.state_dict().items() if name in names})
+    tokens = vqgan.encode(pixels)
+    assert torch.equal(half.decode(half.lookup(as_grid(tokens))), vqgan.decode(vqgan.lookup(as_grid(tokens))))

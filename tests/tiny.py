@@ -22,7 +22,6 @@ def tiny_config(**vqgan) -> DalleConfig:
         vqgan=tokenizer,
         text_encoder=TextEncoderConfig(vocab_size=300, length=16, width=32, layers=2, heads=2, glu_width=48),
         image_decoder=ImageDecoderConfig(codes + 1, tokenizer.tokens, codes, 32, 48, layers=2, heads=3, glu_width=64),
-        filler=3,
         defaults={"temperature": 0.9, "guidance_scale": 2.0},
     )
 
@@ -42,5 +41,5 @@ def save_tiny(folder: Path, config: DalleConfig) -> Path:
                 parameter.data.mul_(3)
     folder.mkdir(parents=True, exist_ok=True)
     Tokenizer.train(WORDS, config.text_encoder.vocab_size).save(folder / "tokenizer.json")
-    save_parts(folder, configs, modules, folder / "tokenizer.json", filler=config.filler, defaults=config.defaults)
+    save_parts(folder, configs, modules, folder / "tokenizer.json", defaults=config.defaults)
     return folder

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     plan = make_plan(args.steps, args.checkpoint_minutes)
-    train(make_stage(args.stage, args.data, args.out, args.weights, args.trace), plan, args.out, args.resume)
+    made, make = [], make_stage(args.stage, args.data, args.out, args.weights, args.trace)
+    train(lambda workers: made.append(make(workers)) or made[0], plan, args.out, args.resume)
+    if args.trace is not None:
+        torch.save(made[0].network.state_dict(), args.trace.with_suffix(f".{os.environ.get('RANK', 0)}.pt"))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class TextEncoder(nn.Module):
         """Encode; `text_mask` is true on real tokens. States at padding are computed and must not be used."""
         mask = text_mask[:, None, None]  # (B, 1, 1, T)
         x = self.embed_tokens(text_ids) + self.embed_positions.weight[: text_ids.shape[1]]
-        x = self.norm_embedding(x)
+        x = self.norm_embedding(x.to(self.norm_embedding.weight.dtype))
         for layer in self.layers:
             x = layer(x, mask)
         return self.norm_final(x)
@@ -191,10 +191,11 @@ class ImageDecoder(nn.Module):
             x = layer(x, text_states, text_mask[:, None, None])
         return self.lm_head(self.norm_final(x))
 
-    def prefill(self, text_states: Float[Tensor, "B T D"], text_mask: Bool[Tensor, "B T"]) -> KVCache:
-        """Compute what every step needs of the text and allocate the rest of the cache."""
+    def prefill(self, text_states: Float[Tensor, "P T D"], text_mask: Bool[Tensor, "P T"], copies: int = 1) -> KVCache:
+        """Compute what every step needs of the prompts, once each, and allocate a cache of B = P x copies rows."""
         keys, values = zip(*(layer.cross_attention.project_text(text_states) for layer in self.layers), strict=True)
-        return KVCache(list(keys), list(values), text_mask, self.length)
+        rows = [[part.repeat_interleave(copies, 0) for part in parts] for parts in (keys, values)]
+        return KVCache(*rows, text_mask.repeat_interleave(copies, 0), self.length)
 
     def step(self, image_tokens: Int[Tensor, " B"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
         """Logits at `position`, whose input is `image_tokens`: BOS at 0, then the token of position - 1."""

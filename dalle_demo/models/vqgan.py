@@ -24,6 +24,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=EPS)
 
 
+def swish(x: Tensor) -> Tensor:
+    """x sigmoid(x), in place where no gradient needs x: the finest feature maps take the most memory of all."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut."""
 
@@ -37,9 +42,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h, w)."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.nin_shortcut(x) + y
+        y = self.conv1(swish(self.norm1(x)))
+        y = self.conv2(swish(self.norm2(y)))
+        return y.add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -143,7 +148,7 @@ class Encoder(nn.Module):
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(swish(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -173,7 +178,7 @@ class Decoder(nn.Module):
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(swish(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch)
 
 
@@ -201,11 +206,10 @@ class FiniteScalarQuantizer(nn.Module):
         tokens = (index.long() * basis).sum(1).flatten(1)
         return rounded / top * 2 - 1, tokens, z_e.new_zeros(())
 
-    def lookup(self, image_tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B C h w"]:
-        """Codes of a square grid of tokens."""
-        side = int(image_tokens.shape[1] ** 0.5)
+    def lookup(self, image_tokens: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Codes of a grid of tokens."""
         levels, basis = self._levels_and_basis(image_tokens.device)
-        index = image_tokens.view(-1, 1, side, side) // basis % levels
+        index = image_tokens[:, None] // basis % levels
         return index / (levels - 1) * 2 - 1
 
 
@@ -227,24 +231,24 @@ class VectorQuantizer(nn.Module):
         codebook = self.embedding.weight
         distance = codebook.pow(2).sum(1) - 2 * flat @ codebook.T  # |z|^2 is the same for every entry
         tokens = distance.argmin(-1)
-        z_q = self.lookup(tokens)
+        z_q = self.lookup(tokens.view(-1, *z_e.shape[2:]))
         loss = F.mse_loss(z_q, z_e.detach()) + self.BETA * F.mse_loss(z_e, z_q.detach())
         return z_e + (z_q - z_e).detach(), tokens, loss
 
-    def lookup(self, image_tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B C h w"]:
-        """Codes of a square grid of tokens."""
-        side = int(image_tokens.shape[1] ** 0.5)
-        return self.embedding(image_tokens).transpose(1, 2).unflatten(2, (side, side))
+    def lookup(self, image_tokens: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Codes of a grid of tokens."""
+        return self.embedding(image_tokens).permute(0, 3, 1, 2)
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantizer, decoder."""
+    """Encoder, quantizer, decoder; without an encoder where only the other half was published."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
         width = config.vq_dim or config.channels * config.multipliers[-1]
-        self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(width, config.codebook_dim, 1)
+        if config.encoder:
+            self.encoder = Encoder(config)
+            self.quant_conv = nn.Conv2d(width, config.codebook_dim, 1)
         if config.quantizer == "fsq":
             self.quantizer = FiniteScalarQuantizer(config.levels)
         else:
@@ -263,8 +267,8 @@ class VQGAN(nn.Module):
         """Pixels in [-1, 1] -> tokens, row by row."""
         return self.quantizer(self.quant_conv(self.encoder(pixels)))[1]
 
-    def lookup(self, image_tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B C h w"]:
-        """Tokens -> latents."""
+    def lookup(self, image_tokens: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Tokens -> latents; a few rows of a picture can be looked up, and decoded, alone."""
         return self.quantizer.lookup(image_tokens)
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dalle_demo.engines import has_native_bf16
+from dalle_demo.hardware import has_native_bf16
 from dalle_demo.training.muon import Muon
 
 BETAS = (0.9, 0.95)

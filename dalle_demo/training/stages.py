@@ -8,6 +8,7 @@ is drawn once for all samples of a process.
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,33 @@ from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_con
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels
 COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
-TOKEN_NOISE = 0.05  # input tokens replaced by random ones: sampling makes mistakes that training must have seen
+# Of the input tokens of a sample, a share drawn from 0 to this is replaced by random ones. Sampling makes mistakes that
+# training must have seen; and a decoder that can trust all tokens before learns pictures by heart and ignores the text.
+TOKEN_NOISE = 0.5
 VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn half as often as everything else
-RENDERS = ("plain", "moved", "coloured background")  # of each drawing; their tokens are computed once
-RENDER_SHARES = (0.8, 0.05, 0.15)
+
+
+@dataclass(frozen=True)
+class Render:
+    """One way to show a drawing, and the share of samples that do."""
+
+    share: float
+    moved: bool = False
+    mirrored: bool = False
+    coloured: bool = False  # background
+
+
+RENDERS = (  # of each drawing; their tokens are computed once
+    Render(0.4),
+    Render(0.2, mirrored=True),
+    Render(0.1, moved=True),
+    Render(0.1, moved=True, mirrored=True),
+    Render(0.1, coloured=True),
+    Render(0.1, coloured=True, moved=True),
+)
 
 
 def sample_rng(seed: int, sample: int) -> np.random.Generator:
@@ -245,7 +266,7 @@ class DalleStage:
         self.backgrounds = [
             list(BACKGROUNDS)[sample_rng(seed, i).integers(len(BACKGROUNDS))] for i in range(len(self.pairs))
         ]
-        cache = out / f"tokens-{digest(self.made_from)}.npy"
+        cache = out / f"tokens-{digest(self.made_from | {'renders': repr(RENDERS)})}.npy"
         self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, R, N)
         torch.manual_seed(seed)
         self.network = DalleObjective(
@@ -260,19 +281,18 @@ class DalleStage:
 
     def _tokens_of(self, rows: range) -> np.ndarray:
         pictures, count = self.pairs.pictures(np.array(rows)), len(rows)
-        draws = [sample_rng(self.seed + 1, i) for i in rows]
-        zoom = torch.tensor([rng.uniform(0.75, 1.0) for rng in draws], dtype=torch.float32)
-        shift = torch.tensor(np.array([rng.uniform(-0.1, 0.1, size=2) for rng in draws]), dtype=torch.float32)
-        white = torch.full((count, 3), 255.0)
         coloured = torch.tensor([BACKGROUNDS[self.backgrounds[i]][1] for i in rows], dtype=torch.float32)
-        still, whole = torch.zeros(count, 2), torch.ones(count)
-        renders = (
-            render(pictures, white, whole, still),
-            render(pictures, white, zoom, shift),
-            render(pictures, coloured, 0.9 * whole, still),
-        )
-        size = self.config.vqgan.image_size
-        return torch.stack([self.vqgan.encode(resize(pixels, size)) for pixels in renders], 1).to(torch.int32).numpy()
+        turnable = torch.tensor([can_mirror(self.pairs.rows[i]) for i in rows])
+        tokens = []
+        for number, kind in enumerate(RENDERS):
+            draws = [sample_rng(self.seed + 1 + number, i) for i in rows]
+            zoom = torch.tensor([rng.uniform(0.75, 1.0) if kind.moved else 1.0 for rng in draws], dtype=torch.float32)
+            shift = torch.tensor(np.array([rng.uniform(-0.1, 0.1, size=2) * kind.moved for rng in draws])).float()
+            colours = coloured if kind.coloured else torch.full((count, 3), 255.0)
+            zoom = 0.9 * zoom if kind.coloured else zoom  # nothing touches the border of a coloured background
+            pixels = render(pictures, colours, zoom, shift, turnable & kind.mirrored)
+            tokens.append(self.vqgan.encode(resize(pixels, self.config.vqgan.image_size)))
+        return torch.stack(tokens, 1).to(torch.int32).numpy()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
@@ -280,12 +300,12 @@ class DalleStage:
         captions, rows, noisy = [], [], []
         for sample, i in zip(samples, indices, strict=True):
             rng = sample_rng(self.seed, sample)
-            kind = rng.choice(len(RENDERS), p=RENDER_SHARES)
-            background = self.backgrounds[i] if RENDERS[kind] == "coloured background" else None
+            kind = rng.choice(len(RENDERS), p=[render.share for render in RENDERS])
+            background = self.backgrounds[i] if RENDERS[kind].coloured else None
             caption = pairs_data.caption(self.pairs.rows[i], background, rng)
             captions.append("" if rng.random() < COND_DROP_PROB else caption)
             rows.append(self.tokens[i, kind])
-            wrong = rng.random(rows[-1].shape) < TOKEN_NOISE
+            wrong = rng.random(rows[-1].shape) < rng.uniform(0, TOKEN_NOISE)
             noisy.append(np.where(wrong, rng.integers(self.config.vqgan.codebook_size, size=rows[-1].shape), rows[-1]))
         return self._batch(captions, np.stack(rows), np.stack(noisy))
 
@@ -308,17 +328,19 @@ class DalleStage:
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the whole model."""
-        size = self.config.vqgan.image_size
-        blank = self.vqgan.encode(torch.ones(1, 3, size, size))[0]
         config = self.config
         save_parts(
             folder,
             {"vqgan": config.vqgan, "text_encoder": config.text_encoder, "image_decoder": config.image_decoder},
             {"vqgan": self.vqgan, "text_encoder": network.text_encoder, "image_decoder": network.image_decoder},
             self.text_folder / "tokenizer.json",
-            filler=blank.mode().values.item(),
             defaults=config.defaults,
         )
+
+
+def can_mirror(row: dict) -> bool:
+    """Whether a drawing may be turned left to right: no sign, and nothing that is called left or right."""
+    return row["group"] != "symbols" and not {"left", "right"} & set(row["name"].replace("-", " ").split())
 
 
 class DalleObjective(nn.Module):

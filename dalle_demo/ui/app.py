@@ -1,13 +1,13 @@
-"""engine -> the whole page, and the options to launch it with."""
+"""shelf of models -> the whole page, and the options to launch it with."""
 
 import logging
 from typing import Any
 
 import gradio as gr
 
-from dalle_demo.engines import DalleEngine
-from dalle_demo.ui.generate import GenerateTab
-from dalle_demo.ui.strings import TITLE, footer, translations
+from dalle_demo.shelf import Shelf
+from dalle_demo.ui.generate import SLIDERS, GenerateTab
+from dalle_demo.ui.strings import TITLE, translations
 from dalle_demo.ui.theme import CSS, JS, theme
 
 HOUR = 3600  # seconds
@@ -23,16 +23,25 @@ class Page(gr.Blocks):
             log.info("refused a request: %d of %d values", len(inputs), len(block_fn.inputs))
             raise gr.Error(f"{block_fn.api_name} needs {len(block_fn.inputs)} values", print_exception=False)
 
+    def get_api_info(self, *args: Any, **options: Any) -> Any:
+        """Description of the API, where settings default to null: to the value of whichever model is asked for."""
+        info = super().get_api_info(*args, **options)
+        for endpoint in info["named_endpoints"].values():
+            for parameter in endpoint["parameters"]:
+                if parameter["parameter_name"] in SLIDERS:
+                    parameter["parameter_default"] = None
+        return info
 
-def build(engine: DalleEngine) -> tuple[gr.Blocks, dict[str, Any]]:
-    """Page that drives an engine, with a queue, and what its `launch` needs."""
+
+def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
+    """Page that draws with the models of a shelf, with a queue, and what its `launch` needs."""
     i18n = gr.I18n(**translations())
     with Page(title=TITLE, delete_cache=(HOUR, 23 * HOUR), analytics_enabled=False) as page:
         with gr.Column(elem_id="heading"):
             gr.Markdown(f"# {TITLE}")
             gr.Markdown(i18n("subtitle"))
-        tab = GenerateTab(engine, i18n)
-        gr.Markdown(footer(engine.name, str(engine.dtype).removeprefix("torch."), engine.threads), elem_id="footer")
+        tab = GenerateTab(shelf, i18n, page)
+        tab.models.footer.render()
         page.unload(tab.leave)
     page.queue(max_size=32)
     return page, {

@@ -1,4 +1,4 @@
-"""prompt and settings -> pictures on the page: the Generate tab, whose sliders are made from GenerateParams."""
+"""prompt, model, settings -> pictures on the page: the Generate tab, its sliders made from GenerateParams."""
 
 import dataclasses
 import html
@@ -17,9 +17,12 @@ import gradio as gr
 from dalle_demo.config import GenerateParams, ParamError
 from dalle_demo.engines import DalleEngine, Update
 from dalle_demo.images import save_png, slug
-from dalle_demo.ui.strings import EXAMPLES, say
+from dalle_demo.shelf import Entry, Shelf, ShelfError
+from dalle_demo.ui.models import ModelChoice, language_of, usable
+from dalle_demo.ui.strings import EXAMPLES, label, say
 
 FRAMES_PER_SECOND = 4  # of previews; each costs the page a tenth of a second that the drawing then waits for
+SLIDERS = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.metadata and spec.name != "seed"]
 log = logging.getLogger(__name__)
 
 
@@ -75,11 +78,12 @@ class Runs:
 class GenerateTab:
     """Components and events of the tab; create it inside `gr.Blocks`."""
 
-    def __init__(self, engine: DalleEngine, i18n: gr.I18n):
-        self.engine = engine
+    def __init__(self, shelf: Shelf, i18n: gr.I18n, page: gr.Blocks):
+        self.shelf = shelf
         self.runs = Runs()
         self._lay_out(i18n)
         self._wire()
+        self.models.wire(page, {name: slider for name, slider in self.controls.items() if name in SLIDERS})
 
     def _lay_out(self, t: gr.I18n) -> None:
         """Prompt and buttons, pictures, settings: in the order of a phone's single column."""
@@ -110,17 +114,18 @@ class GenerateTab:
                 )
                 self.status = gr.Markdown(elem_id="status")
             with gr.Column(elem_id="settings"):
-                self.controls = {"prompt": prompt} | self._settings(t)
+                self.models = ModelChoice(self.shelf, t)
+                self.controls = {"prompt": prompt} | self._settings(t) | {"model": self.models.model}
 
     def _settings(self, t: gr.I18n) -> dict[str, gr.components.Component]:
         """One control per remaining field of GenerateParams, named after it."""
-        controls = {}
+        controls, defaults = {}, self.shelf.find(self.shelf.home).defaults
         with gr.Accordion(t("settings"), elem_id="advanced"):
             for spec in dataclasses.fields(GenerateParams):
                 if spec.name == "seed":
                     controls["seed"], self.randomise = _seed(t)
-                elif spec.metadata:
-                    controls[spec.name] = _slider(spec, self.engine.config.defaults.get(spec.name, spec.default), t)
+                elif spec.name in SLIDERS:
+                    controls[spec.name] = _slider(spec, defaults.get(spec.name, spec.default), t)
         return controls
 
     def _wire(self) -> None:
@@ -153,43 +158,47 @@ class GenerateTab:
                 concurrency_limit=1,
                 concurrency_id="engine",
             )
-            drawn.success(self.finish, None, buttons, **hidden)
+            drawn.success(self.finish, [self.models.model], [*buttons, self.models.footer], **hidden)
             drawn.failure(self.fail, None, [*buttons, self.status], **hidden)
         self.stop.click(self.press_stop, **hidden)
 
-    def validate(self, randomise: bool, **settings: Any) -> list[dict]:
+    def validate(self, request: gr.Request, randomise: bool, **settings: Any) -> list[dict]:
         """Verdict on each input of `begin`, shown by the page beside the control."""
+        wrong, sentence = None, ""
         try:
-            self._params(randomise, settings)
-        except ParamError as error:
-            log.info("refused a request: %s", error)
-            return [gr.validate(name != error.field, _explain(error)) for name in ("randomise", *settings)]
-        return [gr.validate(True, "") for _ in ("randomise", *settings)]
+            self._checked(_with_seed(settings, randomise), language_of(request))
+        except RefusedError as error:
+            wrong, sentence = error.field, str(error)
+        return [gr.validate(name != wrong, sentence) for name in ("randomise", *settings)]
 
     def begin(self, request: gr.Request, randomise: bool, **settings: Any) -> tuple:
         """Show that a request is on its way."""
-        params = self._checked(settings | ({"seed": None} if randomise else {}))
+        _, params = self._accepted(_with_seed(settings, randomise), language_of(request))
         self.runs.begin(request.session_hash)
         columns = gr.Gallery(columns=math.ceil(math.sqrt(params.n)))
-        return *_buttons(running=True), columns, params.seed, say("waiting", _language(request))
+        return *_buttons(running=True), columns, params.seed, say("waiting", language_of(request))
 
-    def generate(self, request: gr.Request, seed: int | None = None, **settings: Any) -> Iterator[tuple]:
+    def generate(
+        self, request: gr.Request, seed: int | None = None, model: str | None = None, **settings: Any
+    ) -> Iterator[tuple]:
         """Draw pictures for a prompt. Yields previews, at last PNG files that hold their settings.
 
-        The settings are the fields of GenerateParams; `seed` is named only to tell the API that it may be left out.
+        The settings are the fields of GenerateParams. One that is left out takes the value that the model is served
+        with; a seed is drawn. `model` is the one that the server was started with unless another is named.
 
         Returns:
             pictures with captions, the seed of the first one, and a sentence on the state of the run.
         """
-        flag = self.runs.enter(request.session_hash)
+        flag, language = self.runs.enter(request.session_hash), language_of(request)
         try:
-            yield from self._draw(self._checked({"seed": seed, **settings}), flag, _language(request))
+            entry, params = self._accepted({"seed": seed, "model": model, **settings}, language)
+            yield from self._draw(entry.name, params, flag, language)
         finally:  # also when the tab is closed
             self.runs.leave(request.session_hash, flag)
 
-    def finish(self, request: gr.Request) -> tuple:
+    def finish(self, request: gr.Request, model: str) -> tuple:
         """Give the Generate button back, unless the next run has been asked for meanwhile."""
-        return _buttons(running=request.session_hash in self.runs)
+        return *_buttons(running=request.session_hash in self.runs), self.models.described(request, model)
 
     def fail(self, request: gr.Request) -> tuple:
         """Give the Generate button back after an error, or when the queue was full."""
@@ -204,14 +213,30 @@ class GenerateTab:
         """Free what a closed tab has asked for."""
         self.runs.forget(request.session_hash)
 
-    def _draw(self, params: GenerateParams, stop: threading.Event, language: str) -> Iterator[tuple]:
+    def _draw(self, model: str, params: GenerateParams, stop: threading.Event, language: str) -> Iterator[tuple]:
+        """Borrow the model, which may have to be loaded, and draw with it."""
+        key = "starting" if model == self.shelf.loaded else "loading"
+        yield gr.skip(), gr.skip(), say(key, language, model=model)
+        try:
+            with self.shelf.lend(model, stop) as engine:
+                if engine is None or stop.is_set():
+                    yield gr.skip(), gr.skip(), say("stopped", language)
+                else:
+                    yield from self._stream(engine, params, stop, language)
+        except ShelfError as error:
+            log.warning("%s could not be loaded: %s", model, error)
+            sentence = html.escape(say("load_failed", language, model=model, reason=error), quote=False)
+            raise gr.Error(sentence, print_exception=False) from error
+
+    def _stream(
+        self, engine: DalleEngine, params: GenerateParams, stop: threading.Event, language: str
+    ) -> Iterator[tuple]:
         start, shown, update = time.monotonic(), 0.0, None
-        yield gr.skip(), gr.skip(), say("starting", language)
-        with closing(self.engine.generate(params, stop)) as updates:
+        with closing(engine.generate(params, stop)) as updates:
             for update in updates:
                 if update.final:
-                    seconds = time.monotonic() - start
-                    yield from self._save(update, params, self._summary(params, update.seeds[0], seconds, language))
+                    summary = _summary(engine, params, update.seeds[0], time.monotonic() - start, language)
+                    yield from _save(engine, update, params, summary)
                     return
                 if time.monotonic() - shown >= 1 / FRAMES_PER_SECOND:
                     shown = time.monotonic()
@@ -223,31 +248,54 @@ class GenerateTab:
             at = say("stopped_at", language, percent=_percent(update), seed=update.seeds[0])
             yield _captioned(update.images, update), update.seeds[0], at
 
-    def _save(self, update: Update, params: GenerateParams, summary: str) -> Iterator[tuple]:
-        """Show the pictures as PNG files, which gradio has copied to its cache by the time it asks for more."""
-        with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
-            paths = []
-            for picture, seed in zip(update.images, update.seeds, strict=True):
-                request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
-                path = Path(folder, f"{slug(params.prompt)}-{seed}.png")
-                paths.append(save_png(picture, path, request, self.engine.origin))
-            yield _captioned(paths, update), update.seeds[0], summary
-
-    def _summary(self, params: GenerateParams, seed: int, seconds: float, language: str) -> str:
-        key = "one" if params.n == 1 else "many"
-        done = say(key, language, n=params.n, seconds=seconds, each=seconds / params.n, seed=seed)
-        return " ".join(filter(None, [done, self.engine.left_out(params.prompt)]))
-
-    def _params(self, randomise: bool, settings: dict[str, Any]) -> GenerateParams:
-        return self.engine.params(**settings | ({"seed": None} if randomise else {}))
-
-    def _checked(self, settings: dict[str, Any]) -> GenerateParams:
-        """Request made of the page's or a caller's values; a gr.Error that names the field where one is unusable."""
+    def _checked(self, settings: dict[str, Any], language: str) -> tuple[Entry, GenerateParams]:
+        """Model and request made of the page's or a caller's values; RefusedError where one is unusable."""
+        given = {name: value for name, value in settings.items() if value is not None or name == "prompt"}
         try:
-            return self.engine.params(**settings)
+            entry = usable(self.shelf, given.pop("model", self.shelf.home), language)
+            return entry, GenerateParams(**{**entry.defaults, **given})
         except ParamError as error:
             log.info("refused a request: %s", error)
-            raise gr.Error(_explain(error), print_exception=False) from error
+            raise RefusedError(error.field, _explain(error, language)) from error
+        except ShelfError as error:
+            log.info("refused a request: %s", error)
+            raise RefusedError("model", html.escape(str(error), quote=False)) from error
+
+    def _accepted(self, settings: dict[str, Any], language: str) -> tuple[Entry, GenerateParams]:
+        """The same, for events: a gr.Error that names the field."""
+        try:
+            return self._checked(settings, language)
+        except RefusedError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+
+class RefusedError(ValueError):
+    """A request that cannot be drawn; the message is for the page, `field` is the control that it stands beside."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+def _save(engine: DalleEngine, update: Update, params: GenerateParams, summary: str) -> Iterator[tuple]:
+    """Show the pictures as PNG files, which gradio has copied to its cache by the time it asks for more."""
+    with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
+        paths = []
+        for picture, seed in zip(update.images, update.seeds, strict=True):
+            request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
+            path = Path(folder, f"{slug(params.prompt)}-{seed}.png")
+            paths.append(save_png(picture, path, request, engine.origin))
+        yield _captioned(paths, update), update.seeds[0], summary
+
+
+def _summary(engine: DalleEngine, params: GenerateParams, seed: int, seconds: float, language: str) -> str:
+    key = "one" if params.n == 1 else "many"
+    done = say(key, language, n=params.n, seconds=seconds, each=seconds / params.n, seed=seed)
+    return " ".join(filter(None, [done, engine.left_out(params.prompt)]))
+
+
+def _with_seed(settings: dict[str, Any], randomise: bool) -> dict[str, Any]:
+    return settings | ({"seed": None} if randomise else {})
 
 
 def _slider(spec: dataclasses.Field, value: float, t: gr.I18n) -> gr.Slider:
@@ -275,13 +323,8 @@ def _percent(update: Update) -> int:
     return 100 * update.step // update.total
 
 
-def _language(request: gr.Request) -> str:
-    return request.headers.get("accept-language", "")
-
-
-def _explain(error: ParamError) -> str:
+def _explain(error: ParamError, language: str) -> str:
     """Message with the label that the page shows, and the name that a caller of the API used where it differs."""
-    spec = GenerateParams.__dataclass_fields__[error.field]
-    label = spec.metadata.get("label", error.field.capitalize())
-    name = label if label.lower() == error.field else f"{label} ({error.field})"
+    shown = label(error.field, language)
+    name = shown if shown.lower() == error.field else f"{shown} ({error.field})"
     return html.escape(f"{name}: {str(error).removeprefix(error.field + ': ')}", quote=False)

@@ -22,6 +22,25 @@ CSS = """
 #gallery .grid-wrap { max-height: none; height: 100%; }
 #gallery .caption-label { display: none; }
 #settings input[type=range]::-webkit-slider-thumb { border: 1px solid var(--neutral-400); }
+#advanced .block:has(.wrap .validation-error) { padding-top: 3.25rem; } /* gradio lays the message over the label */
+#advanced .wrap .validation-error {
+  left: 0; font-size: var(--text-sm); text-align: left;
+  border: 1px solid var(--error-border-color); border-radius: var(--radius-sm);
+}
+#offer {
+  gap: 10px; padding: 12px 14px; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+  background: var(--block-background-fill);
+}
+#offer_text, #offer_text div { padding: 0 !important; }
+#offer p { margin: 0; font-variant-numeric: tabular-nums; }
+#offer p.failed { color: var(--error-text-color); }
+#offer progress {
+  appearance: none; display: block; width: 100%; height: 8px; margin-top: 8px; overflow: hidden;
+  border: 0; border-radius: 4px; background: var(--neutral-200);
+}
+#offer progress::-webkit-progress-bar { background: var(--neutral-200); }
+#offer progress::-webkit-progress-value { background: var(--primary-600); }
+#offer progress::-moz-progress-bar { background: var(--primary-600); }
 #status { min-height: 1.75rem; }
 #status p { font-variant-numeric: tabular-nums; }
 #footer p { text-align: center; font-size: .8rem; }

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+
+from dalle_demo.shelf import Shelf
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM_FLAGS = [
@@ -97,15 +99,28 @@ class EndlessEngine:
 
 
 @pytest.fixture(scope="session")
-def endless(engine) -> Iterator[EndlessEngine]:
-    """Engine whose runs do not end by themselves, with its page at `url`."""
+def serve() -> Iterator[Callable[[Shelf], str]]:
+    """Function that serves the page of a shelf in this process and returns its address."""
     from dalle_demo.ui.app import build
 
+    pages = []
+
+    def launch(shelf: Shelf) -> str:
+        page, options = build(shelf)
+        pages.append(page)
+        return page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options)[1]
+
+    yield launch
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture(scope="session")
+def endless(engine, serve) -> EndlessEngine:
+    """Engine whose runs do not end by themselves, with its page at `url`."""
     slow = EndlessEngine(engine)
-    page, options = build(slow)
-    _, slow.url, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options)
-    yield slow
-    page.close()
+    slow.url = serve(Shelf("endless", offline=True, load=lambda preset: slow))
+    return slow
 
 
 @pytest.fixture(scope="session")

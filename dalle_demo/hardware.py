@@ -1,0 +1,185 @@
+"""model -> the form in which this machine runs it fastest: device, number format and number of threads.
+
+All that depends on the machine is here. A graphics card is taken when PyTorch sees one, otherwise the processor.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_demo.config import DalleConfig, ImageDecoderConfig, TextEncoderConfig, VQGANConfig
+from dalle_demo.models.packed import PackedLinear, StableLinear, can_pack, is_stored, pack, stabilise
+from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.models.vqgan import VQGAN
+
+FORMATS = ("float32", "float16", "bfloat16")  # of the Transformer's weights; on a processor float16 computes in fp32
+MEASURED_STEPS = 6
+MEASURED_ROWS = 8  # four guided pictures
+PROCESS = 350 * 2**20  # bytes that Python, PyTorch and the page take without a model
+SECONDS_PER_LAYER = 4e-4  # of a decoding step, for what is no matrix product
+
+
+def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the processor."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def formats(device: torch.device) -> list[str]:
+    """Formats that can pay on a device."""
+    if device.type != "cpu":
+        return ["float16"]
+    native = ["bfloat16"] if has_native_bf16() else []
+    return ["float32", *(["float16"] if can_pack() else []), *native]
+
+
+def has_native_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def activation_type(form: str, device: torch.device) -> torch.dtype:
+    """Type of the Transformer's activations."""
+    return torch.float32 if form == "float16" and device.type == "cpu" else getattr(torch, form)
+
+
+def place_text_encoder(module: nn.Module, form: str, device: torch.device) -> nn.Module:
+    """Bring a text encoder into a format, in place, and return it.
+
+    On a processor, what is still in its file stays there: it is read in a fraction of a second, once for each prompt,
+    and takes no memory from the image decoder.
+    """
+    if device.type == "cpu" and is_stored(module):
+        return module.to(activation_type(form, device))
+    return place_transformer(module, form, device)
+
+
+def place_transformer(module: nn.Module, form: str, device: torch.device) -> nn.Module:
+    """Bring a Transformer into a format, in place, and return it; raises ValueError for a format that cannot be had."""
+    if form not in FORMATS:
+        raise ValueError(f"format {form!r} is not one of {', '.join(FORMATS)}")
+    if device.type == "cpu" and form == "float16":
+        if not can_pack():
+            raise ValueError("this processor cannot use weights in float16; leave the format out, or use float32")
+        pack(module)
+        return module
+    stabilise(module)
+    return module.to(device, getattr(torch, form))
+
+
+def place_vqgan(module: nn.Module, form: str, device: torch.device) -> nn.Module:
+    """Bring a VQGAN, in place, into bf16 where the Transformer is in it and into fp32 otherwise, and return it.
+
+    Its activations overflow fp16.
+    """
+    return module.to(device, pixel_type(form))
+
+
+def pixel_type(form: str) -> torch.dtype:
+    """Type of the VQGAN's activations."""
+    return torch.bfloat16 if form == "bfloat16" else torch.float32
+
+
+def fastest_format(config: ImageDecoderConfig, device: torch.device) -> str:
+    """Format with the shortest step of one layer of a decoder, whose weights are as large as the real ones."""
+    choices = formats(device)
+    if len(choices) == 1:
+        return choices[0]
+    small = dataclasses.replace(config, layers=1, vocab_size=min(config.vocab_size, 4096), bos=0)
+    return min(choices, key=lambda form: seconds_per_step(place_transformer(_blank(small), form, device), form, device))
+
+
+def _blank(config: ImageDecoderConfig) -> ImageDecoder:
+    """Decoder with constant weights, which are made faster than random ones and multiplied as fast."""
+    decoder = _meta(config).to_empty(device="cpu")
+    for parameter in decoder.parameters():
+        nn.init.constant_(parameter, 0.01)
+    return decoder.eval().requires_grad_(False)
+
+
+def fastest_threads(decoder: ImageDecoder, form: str, device: torch.device) -> int:
+    """Number of threads with the shortest step right now: on a busy machine fewer are faster."""
+    if device.type != "cpu":
+        return torch.get_num_threads()
+    timings = {}
+    for threads in thread_counts():
+        torch.set_num_threads(threads)
+        timings[threads] = seconds_per_step(decoder, form, device)
+    return min(timings, key=timings.get)
+
+
+def memory_needed(config: DalleConfig) -> int:
+    """Bytes that a process takes to load a model and draw one picture with it on the processor, about."""
+    decoder, encoder, vqgan = (_meta(part) for part in (config.image_decoder, config.text_encoder, config.vqgan))
+    half = can_pack() or has_native_bf16()
+    sizes = config.image_decoder
+    cache = 2 * sizes.layers * 2 * sizes.length * sizes.width  # keys and values, with guidance
+    pixels = 8 * config.vqgan.channels * (config.vqgan.image_size // config.vqgan.patch) ** 2  # live feature maps
+    weights = _count(decoder) * (2 if half else 4) + max(map(_count, encoder.children())) * 4 + _count(vqgan) * 4
+    return weights + 4 * (cache + pixels) + PROCESS
+
+
+def seconds_per_image(config: DalleConfig) -> float:
+    """Seconds that one guided picture will take on this machine's processor, from two short measurements."""
+    vqgan, sizes = _meta(config.vqgan), config.image_decoder
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        vqgan.decode(torch.empty(1, config.vqgan.codebook_dim, config.vqgan.grid, config.vqgan.grid))
+    seconds_per_weight, seconds_per_flop = _speeds()
+    step = _count(_meta(sizes)) * seconds_per_weight + sizes.layers * SECONDS_PER_LAYER
+    return sizes.length * step + counter.get_total_flops() * seconds_per_flop
+
+
+@cache
+def _speeds() -> tuple[float, float]:
+    """Seconds of a decoding step per weight too many for the caches, and of a convolution per operation."""
+    width, pixels = 4096, torch.ones(1, 64, 128, 128)
+    with torch.inference_mode():
+        linear = nn.Linear(width, 2 * width, bias=False, device="meta").to_empty(device="cpu")
+        nn.init.constant_(linear.weight, 0.01)
+        linear, rows = (PackedLinear if can_pack() else StableLinear)(linear), torch.ones(4, width)
+        conv = nn.Conv2d(64, 64, 3, padding=1)
+        flops = 2 * conv.weight.numel() * 128 * 128
+        return _seconds(lambda: linear(rows)) / (2 * width**2), _seconds(lambda: conv(pixels)) / flops
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds of the quickest of a few runs."""
+    timings = []
+    for _ in range(MEASURED_STEPS):
+        start = time.perf_counter()
+        run()
+        timings.append(time.perf_counter() - start)
+    return min(timings)
+
+
+def _meta(config: ImageDecoderConfig | TextEncoderConfig | VQGANConfig) -> nn.Module:
+    """Module without memory."""
+    kinds = {ImageDecoderConfig: ImageDecoder, TextEncoderConfig: TextEncoder, VQGANConfig: VQGAN}
+    with torch.device("meta"):
+        return kinds[type(config)](config)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def thread_counts() -> list[int]:
+    """Powers of two up to the cores that this process may use, and their number itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
+
+
+def seconds_per_step(decoder: ImageDecoder, form: str, device: torch.device, rows: int = MEASURED_ROWS) -> float:
+    """Seconds of the quickest of a few decoding steps."""
+    text = torch.zeros(1, 4, decoder.text_width, dtype=activation_type(form, device), device=device)
+    cache = decoder.prefill(text, torch.ones(1, 4, dtype=torch.bool, device=device), rows)
+    tokens, positions = torch.zeros(rows, dtype=torch.long, device=device), iter(range(decoder.length))
+    return _seconds(lambda: decoder.step(tokens, next(positions), cache).cpu())

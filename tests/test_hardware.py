@@ -1,0 +1,115 @@
+"""What is promised of formats and threads: packed weights compute the same, and what is fastest is taken."""
+
+import pytest
+import torch
+from tiny import tiny_config
+from torch import nn
+
+from dalle_demo import hardware
+from dalle_demo.models.packed import HalfEmbedding, PackedLinear, StableLinear, pack
+from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+
+CPU = torch.device("cpu")
+SIZES = tiny_config().image_decoder
+
+
+def half_linear(width_in: int, width_out: int) -> nn.Linear:
+    """Projection with random weights that fp16 can hold."""
+    linear = nn.Linear(width_in, width_out, bias=False)
+    linear.weight.data = linear.weight.data.half().float()
+    return linear.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("width_in", "width_out"), [(256, 768), (33, 47), (1024, 17)])
+def test_packed_projection_computes_in_fp32(width_in, width_out):
+    torch.manual_seed(0)
+    linear, x = half_linear(width_in, width_out), torch.randn(2, 5, width_in)
+    ours, exact = PackedLinear(linear)(x), x.double() @ linear.weight.double().T
+    assert ours.shape == (2, 5, width_out)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().max() < 3e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, StableLinear])
+def test_a_row_has_the_same_bits_in_every_batch(kind):
+    torch.manual_seed(0)
+    linear, x = kind(half_linear(256, 320)), torch.randn(64, 256)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        alone = torch.cat([linear(row[None]) for row in x])
+        for rows in range(1, 65):
+            assert torch.equal(linear(x[:rows]), alone[:rows]), (threads, rows)
+
+
+def test_packing_leaves_no_projection_and_keeps_embeddings_small():
+    torch.manual_seed(0)
+    decoder = ImageDecoder(SIZES).half().eval().requires_grad_(False)
+    pack(decoder)
+    kinds = [type(module) for module in decoder.modules()]
+    assert nn.Linear not in kinds
+    assert nn.Embedding not in kinds
+    assert kinds.count(PackedLinear) == 7 * SIZES.layers + 1
+    assert decoder.embed_tokens.weight.dtype == torch.float16
+    assert isinstance(decoder.embed_tokens, HalfEmbedding)
+    assert decoder.norm_final.weight.dtype == torch.float32
+
+
+def test_packed_encoder_is_exact():
+    torch.manual_seed(0)
+    sizes = tiny_config().text_encoder
+    plain = TextEncoder(sizes).half().float().eval().requires_grad_(False)
+    packed = TextEncoder(sizes).eval().requires_grad_(False)
+    packed.load_state_dict(plain.state_dict())
+    hardware.place_transformer(packed, "float16", CPU)
+    ids = torch.randint(4, 300, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    torch.testing.assert_close(packed(ids, mask), plain(ids, mask), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fastest", ["float32", "float16", "bfloat16"])
+def test_takes_the_fastest_format(monkeypatch, fastest):
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda: True)
+    original = hardware.seconds_per_step
+    measured = lambda decoder, form, device: original(decoder, form, device) * 0 + (form != fastest)  # noqa: E731
+    monkeypatch.setattr(hardware, "seconds_per_step", measured)
+    assert hardware.fastest_format(SIZES, CPU) == fastest
+
+
+def test_bf16_is_no_choice_where_it_is_emulated(monkeypatch):
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda: False)
+    assert "bfloat16" not in hardware.formats(CPU)
+
+
+def test_without_fbgemm_there_are_no_packed_weights(monkeypatch):
+    monkeypatch.setattr(hardware, "can_pack", lambda: False)
+    assert "float16" not in hardware.formats(CPU)
+    with pytest.raises(ValueError, match="float32"):
+        hardware.place_transformer(ImageDecoder(SIZES), "float16", CPU)
+
+
+def test_a_graphics_card_computes_in_half_precision():
+    card = torch.device("cuda")
+    assert hardware.fastest_format(SIZES, card) == "float16"
+    assert hardware.activation_type("float16", card) == torch.float16
+    assert hardware.activation_type("float16", CPU) == torch.float32
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [(1, 0, "cuda"), (1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_picks_the_best_device(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert hardware.pick_device().type == expected
+
+
+def test_takes_the_fastest_number_of_threads(monkeypatch):
+    monkeypatch.setattr(hardware, "thread_counts", lambda: [1, 2])
+    for fastest in (1, 2):
+        timed = lambda *_, best=fastest: 1.0 if torch.get_num_threads() == best else 2.0  # noqa: E731
+        monkeypatch.setattr(hardware, "seconds_per_step", timed)
+        assert hardware.fastest_threads(None, "float32", CPU) == fastest
+
+
+def test_thread_counts_end_at_the_cores_of_this_process(monkeypatch):
+    for cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])):
+        monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert hardware.thread_counts() == expected
