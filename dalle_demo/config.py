@@ -31,6 +31,7 @@ class VQGANConfig:
     vq_size: int = 0  # vq only: entries of the codebook
     vq_dim: int = 0  # vq only: their width
     encoder: bool = True  # without one, tokens become pixels and nothing else
+    from_zero: bool = False  # the encoder was trained on pixels in [0, 1], which no change of weights undoes at borders
 
     @property
     def downsample(self) -> int:

@@ -182,11 +182,6 @@ def _vqgan(source: _Tensors, config: VQGANConfig) -> dict[str, Tensor]:
     for key, value in expected.items():
         tensors[key] = source.take(key.removeprefix("quantizer."), *value.shape).float()
     source.done()
-    if config.encoder:
-        # w (x + 1) / 2 + b, exact but for the padding: zeros there are mid-grey for us, were black for them
-        weight = tensors["encoder.conv_in.weight"] / 2
-        tensors["encoder.conv_in.weight"] = weight
-        tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"] + weight.sum((1, 2, 3))
     tensors["decoder.conv_out.weight"] = tensors["decoder.conv_out.weight"] * 2
     tensors["decoder.conv_out.bias"] = tensors["decoder.conv_out.bias"] * 2 - 1
     return tensors
@@ -260,6 +255,7 @@ def _flax_config(folder: Path, config: DalleConfig) -> DalleConfig:
             attention=vqgan.sizes("attn_resolutions"),
             vq_size=vqgan.size("n_embed"),
             vq_dim=vqgan.same("embed_dim", "z_channels"),
+            from_zero=True,
         ),
         text_encoder=TextEncoderConfig(
             vocab_size=model.size("encoder_vocab_size"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import engines, hub, shelf, weights
+from dalle_demo import hardware, hub, shelf, weights
 from dalle_demo.config import SOURCES
 from dalle_demo.engines import DalleEngine
 from dalle_demo.shelf import Shelf, ShelfError, free_memory
@@ -23,9 +23,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path))
     needs = {1024: 2 * GB, 2048: 11 * GB}
     monkeypatch.setattr(
-        engines, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6), raising=False
+        hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6)
     )
-    monkeypatch.setattr(engines, "seconds_per_image", lambda config: 6.0, raising=False)
+    monkeypatch.setattr(hardware, "seconds_per_image", lambda config: 6.0)
     monkeypatch.setattr(shelf, "free_memory", lambda: 8 * GB)
     (tmp_path / "models").mkdir()
     return tmp_path / "models"

@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
         side = config.image_size // config.patch
-        self.patch = config.patch
+        self.patch, self.from_zero = config.patch, config.from_zero
         self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
@@ -143,6 +143,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C', h, w)."""
+        pixels = (pixels + 1) / 2 if self.from_zero else pixels
         x = self.conv_in(F.pixel_unshuffle(pixels, self.patch))
         for level in self.down:
             x = level(x)
