@@ -4,6 +4,8 @@ Every figure is taken end to end: `python app.py` is started as a process of its
 as a browser would. The engine alone is timed beside it. Run it on an idle machine:
 
     python benchmarks/latency.py --preset nano
+    python benchmarks/latency.py --preset mini --against min-dalle
+    python benchmarks/latency.py --preset mega --against min-dalle --steps 16 --runs 1
 
 The last line is JSON.
 """
@@ -21,6 +23,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from against import compare
+
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red apple"
 STARTS, RUNS, WARM_UPS = 3, 10, 2
@@ -31,8 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano", help="preset, or folder with weights")
     parser.add_argument("--n", type=int, default=4, help="pictures a request")
+    parser.add_argument("--against", choices=["min-dalle"], help="mini or mega: compare with it on random weights")
+    parser.add_argument("--steps", type=int, default=256, help="--against: its steps to time; fewer are multiplied up")
+    parser.add_argument("--runs", type=int, default=3, help="--against: pictures a program")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
+    if options.against:
+        finish(compare(options.preset, options.steps, options.runs), options.out)
+        return
     engine = time_engine(options.preset, options.n)
     starts, grids, previews = [], [], []
     for _ in range(STARTS):
@@ -47,14 +57,17 @@ def main() -> None:
         "page_first_preview_s": summary(previews),
         "page_grid_s": summary(grids),
         **engine,
-        "cores": os.cpu_count(),
-        "processor": processor(),
-        "python": platform.python_version(),
     }
+    finish(figures, options.out)
+
+
+def finish(figures: dict, out: Path | None) -> None:
+    """Name the machine, print the figures and keep them."""
+    figures |= {"cores": os.cpu_count(), "processor": processor(), "python": platform.python_version()}
     for name, value in figures.items():
-        print(f"{name:24s} {value}")
-    if options.out:
-        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"{name:30s} {value}")
+    if out:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
 
 
@@ -84,7 +97,7 @@ def time_engine(preset: str, n: int) -> dict:
         "engine_first_preview_s": summary(previews),
         "engine_grid_s": summary(totals),
         "threads": engine.threads,
-        "format": str(engine.dtype).removeprefix("torch."),
+        "format": engine.format,
         "torch": torch.__version__,
     }
 

@@ -27,8 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini", choices=["mini", "mega"])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arrange", action="store_true", help="move files made before to where min-dalle looks")
     options = parser.parse_args()
-    write(PRESETS[options.preset], options.out)
+    if options.arrange:
+        arrange(options.preset, options.out)
+    else:
+        write(PRESETS[options.preset], options.out)
 
 
 def write(config: DalleConfig, folder: Path) -> None:
@@ -36,14 +40,23 @@ def write(config: DalleConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     text, image = config.text_encoder, config.image_decoder
-    torch.save(transformer(text, cross=False), folder / "encoder.pt")
+    torch.save(stacked(transformer(text, cross=False)), folder / "encoder.pt")
     decoder = transformer(image, cross=True) | {"lm_head.weight": spread(image.vocab_size, image.width)}
-    torch.save(decoder, folder / "decoder.pt")
+    torch.save(stacked(decoder), folder / "decoder.pt")
     torch.save(detoker(config), folder / "detoker.pt")
     space = chr(ord(" ") + 256)  # how byte-level vocabularies write it
     words = ["<s>", "<pad>", "</s>", "<unk>", space, *string.ascii_lowercase, *string.digits, *string.punctuation]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate([*words, f"{space}a"])}))
     (folder / "merges.txt").write_text(f"#version: 0.2\n{space} a\n")
+
+
+def arrange(preset: str, folder: Path) -> None:
+    """Bring the files into min-dalle's own folders."""
+    transformer, vqgan = folder / f"dalle_bart_{preset}", folder / "vqgan"
+    for place in (transformer, vqgan):
+        place.mkdir(exist_ok=True)
+    for path in folder.glob("*.*"):
+        path.rename((vqgan if path.name == "detoker.pt" else transformer) / path.name)
 
 
 def transformer(sizes, cross: bool) -> dict[str, Tensor]:
@@ -65,6 +78,18 @@ def transformer(sizes, cross: bool) -> dict[str, Tensor]:
         state |= {f"layers.{i}.glu.ln0.bias": shift(width), f"layers.{i}.glu.ln1.bias": shift(glu)}
         state |= {f"layers.{i}.glu.{part}.weight": spread(glu, width) for part in ("fc0", "fc1")}
         state[f"layers.{i}.glu.fc2.weight"] = spread(width, glu)
+    return state
+
+
+def stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with one storage for what all layers have under one name, and matrices transposed in it."""
+    names: dict[str, list[str]] = {}
+    for key in state:
+        if key.startswith("layers."):
+            names.setdefault(key.split(".", 2)[2], []).append(key)
+    for keys in names.values():
+        stack = torch.stack([state[key].t() for key in keys])
+        state |= {key: one.t() for key, one in zip(keys, stack, strict=True)}
     return state
 
 

@@ -27,7 +27,7 @@ def main() -> None:
     engine = DalleEngine.load(options.preset)
     tiles = []
     for prompt in PROMPTS:
-        *_, last = engine.generate(engine.params(prompt, n=N, seed=FIRST_SEED))
+        (last,) = engine.generate(engine.params(prompt, n=N, seed=FIRST_SEED), previews=False)
         tiles.append(caption(grid(last.images, 2), prompt))
     grid(tiles, COLUMNS, gap=12).save(options.out)
     print(options.out)

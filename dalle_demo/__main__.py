@@ -103,7 +103,7 @@ def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, wi
     """Draw one prompt and write its pictures, named by line number, prompt and seed."""
     from dalle_demo import images
 
-    *_, last = engine.generate(params)
+    (last,) = engine.generate(params, previews=False)
     if notice := engine.left_out(params.prompt):
         print(f"line {line}: {notice}", file=sys.stderr)
     slug = images.slug(params.prompt)
@@ -202,10 +202,11 @@ def add_weights(command: argparse.ArgumentParser) -> None:
 
 def run_list(options: argparse.Namespace) -> None:
     """A line for all weights that are known; with --check, one more for each that has moved on."""
-    from dalle_demo import hub, weights
+    from dalle_demo import hub, repos
 
-    for entry in weights.listing():
+    for entry in repos.listing():
         size = f"{entry.size / 1e9:.2f} GB" if entry.size >= 1e7 else f"{entry.size / 1e6:.2f} MB"
+        size = size if entry.size else "unknown"
         state = entry.folder or f"not here: python -m dalle_demo weights pull {entry.name}"
         origin = entry.repo or "part of this checkout"
         commit = f" {entry.commit[:12]}" if entry.commit else ""
@@ -216,12 +217,12 @@ def run_list(options: argparse.Namespace) -> None:
 
 def ensure(name: str) -> str:
     """Name of weights that are here, fetched if they were not and can be."""
-    from dalle_demo import weights
+    from dalle_demo import repos, weights
 
     try:
         weights.find(name)
     except weights.WeightsError:
-        if not weights.can_pull(name):
+        if not repos.can_pull(name):
             raise
         print(f"{name} is not here: fetching it from the Hugging Face Hub", file=sys.stderr)
         fetch(name)
@@ -230,10 +231,10 @@ def ensure(name: str) -> str:
 
 def fetch(name: str, update: bool = False, revision: str | None = None) -> Path:
     """Folder of a preset or repository, pulled with a line of progress on the terminal where it is not here."""
-    from dalle_demo import weights
+    from dalle_demo import repos
 
     try:
-        return weights.pull(name, progress_line(name, sys.stderr), update=update, revision=revision)
+        return repos.pull(name, progress_line(name, sys.stderr), update=update, revision=revision)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("\nstopped; the same command goes on") from None
 
@@ -262,22 +263,22 @@ def progress_line(name: str, stream: TextIO) -> Callable[[int, int], None]:
 
 def run_convert(options: argparse.Namespace) -> None:
     """Convert a folder of files of another program."""
-    from dalle_demo import weights
+    from dalle_demo import repos
     from dalle_demo.config import SOURCES
 
     if options.preset not in SOURCES:
         raise ValueError(f"--preset must be one of {', '.join(SOURCES)}")
     if options.out.exists():
         raise ValueError(f"{options.out} is there already: name a new folder")
-    weights.convert_folder(options.folder, options.form, options.preset, options.out)
+    repos.convert_folder(options.folder, options.form, options.preset, options.out)
     print(options.out)
 
 
 def run_push(options: argparse.Namespace) -> None:
     """Upload a folder and print where it is."""
-    from dalle_demo import weights
+    from dalle_demo import repos
 
-    print(weights.push(options.folder, options.to, options.private))
+    print(repos.push(options.folder, options.to, options.private))
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ class RemoteFile:
 
     path: str
     size: int | None = None
+    needed: bool = True  # False: a repository may lack it
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ class Source:
     form: Literal["min-dalle", "flax", "dalle_demo"]
     licence: str
     revision: str | None = None  # 40 hex digits; None is `main`, as it is at the first download
+    vqgan: "Source | None" = None  # flax only: the repository of the picture tokenizer, kept in a folder of that name
+    preset: str | None = None  # whose settings, and sizes unless the repository tells them, it has; None: its namesake
 
 
 def _min_dalle(suffix: str, encoder: int, decoder: int) -> Source:
@@ -173,9 +176,20 @@ def _min_dalle(suffix: str, encoder: int, decoder: int) -> Source:
     return Source("kuprel/min-dalle", files, "min-dalle", "Apache-2.0")
 
 
+def _flax(preset: str) -> Source:
+    """Files of the original DALL-E Mini or Mega, with the picture tokenizer's encoder, which only this form has."""
+    model = {name: RemoteFile(name) for name in ("config.json", "flax_model.msgpack")}
+    words = {name: RemoteFile(name, needed=False) for name in ("tokenizer.json", "vocab.json", "merges.txt")}
+    revision = "e93a26e7707683d349bf5d5c41c5b0ef69b677a9"  # that dalle-mini names
+    vqgan = Source("dalle-mini/vqgan_imagenet_f16_16384", model, "flax", "see its model card", revision)
+    return Source(f"dalle-mini/dalle-{preset}", model | words, "flax", "Apache-2.0", vqgan=vqgan, preset=preset)
+
+
 SOURCES: dict[str, Source] = {
     "mini": _min_dalle("_mini", 405_182_448, 470_484_976),
     "mega": _min_dalle("", 2_220_044_288, 2_954_997_760),
+    "mini-flax": _flax("mini"),
+    "mega-flax": _flax("mega"),
 }
 
 PARTS = {"vqgan": VQGANConfig, "text_encoder": TextEncoderConfig, "image_decoder": ImageDecoderConfig}

@@ -139,10 +139,13 @@ class DalleEngine:
             parts.append(f"the end of the prompt (it has {length + encoded.dropped} tokens, {length} are read)")
         return f"This model left out {' and '.join(parts)}." if parts else None
 
-    def generate(self, params: GenerateParams, stop: threading.Event | None = None) -> Iterator[Update]:
+    def generate(
+        self, params: GenerateParams, stop: threading.Event | None = None, previews: bool = True
+    ) -> Iterator[Update]:
         """Yield an update each time a row of tokens is finished, the last one with the finished pictures.
 
-        Waits for its turn first. Closing the iterator, or setting `stop`, ends it within one step.
+        Waits for its turn first. Closing the iterator, or setting `stop`, ends it within one step. Without `previews`
+        there is the last update only.
         """
         seed = params.seed if params.seed is not None else random.SystemRandom().randint(0, MAX_SEED - params.n)
         seeds = [seed + i for i in range(params.n)]
@@ -152,7 +155,7 @@ class DalleEngine:
                 return
         try:
             torch.set_num_threads(self.threads)
-            updates = self._draw(params, seeds)
+            updates = self._draw(params, seeds, previews)
             while not stop.is_set():
                 with torch.inference_mode():  # not held across yields: the mode belongs to a thread
                     update = next(updates, None)
@@ -163,7 +166,7 @@ class DalleEngine:
         finally:  # also when the iterator is closed
             self._lock.release()
 
-    def _draw(self, params: GenerateParams, seeds: list[int]) -> Iterator[Update]:
+    def _draw(self, params: GenerateParams, seeds: list[int], previews: bool) -> Iterator[Update]:
         """Prompt to pixels; an update without images after each token, one with previews after each row.
 
         Rows for which a preview would take too long have that of an earlier one.
@@ -177,7 +180,7 @@ class DalleEngine:
         for count, so_far in enumerate(tokens, start=1):
             if count == length:
                 break
-            if count % row == 0 and ration.allows(count // row):
+            if previews and count % row == 0 and ration.allows(count // row):
                 start = time.monotonic()
                 preview = self._preview(so_far)
                 ration.spend(count // row, time.monotonic() - start)

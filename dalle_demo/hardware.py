@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_demo.config import DalleConfig, ImageDecoderConfig, TextEncoderConfig, VQGANConfig
-from dalle_demo.models.packed import PackedLinear, StableLinear, can_pack, is_stored, pack, stabilise
+from dalle_demo.models.packed import PackedLinear, can_pack, is_stored, pack, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
 
@@ -71,7 +71,7 @@ def place_transformer(module: nn.Module, form: str, device: torch.device) -> nn.
             raise ValueError("this processor cannot use weights in float16; leave the format out, or use float32")
         pack(module)
         return module
-    stabilise(module)
+    read(module)
     return module.to(device, getattr(torch, form))
 
 
@@ -144,7 +144,7 @@ def _speeds() -> tuple[float, float]:
     with torch.inference_mode():
         linear = nn.Linear(width, 2 * width, bias=False, device="meta").to_empty(device="cpu")
         nn.init.constant_(linear.weight, 0.01)
-        linear, rows = (PackedLinear if can_pack() else StableLinear)(linear), torch.ones(4, width)
+        linear, rows = PackedLinear(linear) if can_pack() else linear, torch.ones(4, width)
         conv = nn.Conv2d(64, 64, 3, padding=1)
         flops = 2 * conv.weight.numel() * 128 * 128
         return _seconds(lambda: linear(rows)) / (2 * width**2), _seconds(lambda: conv(pixels)) / flops

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -82,7 +83,7 @@ def download(
     report: Callable[[int, int], None] = lambda done, total: None,
     stop: threading.Event | None = None,
 ) -> None:
-    """Put the files of a source, by their local names, and lock.json into `folder`.
+    """Put the files of a source, by their local names, and lock.json into `folder`, those of its VQGAN into one there.
 
     A folder with a lock is completed from the locked commit, whatever `main` is by now; a whole one needs no network.
 
@@ -91,25 +92,30 @@ def download(
         stop: when set, StoppedError is raised within a second.
     """
     stop = stop or threading.Event()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _held_lock(source, folder)
-    if lock is None:
-        lock = _ask(lambda: _resolve(source), source.repo, stop)
-        _write_lock(folder, lock)
-    elif not _is_whole(folder, lock) and source.revision is None:
-        _report_move(lock, stop)
-    total = sum(file.size for file in lock.files.values())
-    sizes = {name: _size(folder / name) or _size(_part(folder / name)) for name in lock.files}
-    if not _is_whole(folder, lock):
+    places = {folder: source} | ({folder / "vqgan": source.vqgan} if source.vqgan else {})
+    locks = {place: _locked(one, place, stop) for place, one in places.items()}
+    total = sum(file.size for lock in locks.values() for file in lock.files.values())
+    paths = [place / name for place, lock in locks.items() for name in lock.files]
+    sizes = {path: _size(path) or _size(_part(path)) for path in paths}
+    if not all(_is_whole(place, lock) for place, lock in locks.items()):
         copies = 1 if source.form == "dalle_demo" else 2  # foreign files are there until they are converted
         _check_room(folder, total * copies - sum(sizes.values()))
+
+    def report_file(path: Path, done: int) -> None:
+        sizes[path] = done
+        report(sum(sizes.values()), total)
+
     report(sum(sizes.values()), total)
+    for place, lock in locks.items():
+        _complete(place, lock, report_file, stop)
+
+
+def _complete(folder: Path, lock: Lock, report: Callable[[Path, int], None], stop: threading.Event) -> None:
+    """Fetch what a folder lacks of its lock; `report` gets the bytes that are here of a file."""
     for name, file in lock.files.items():
         if _is_here(folder / name, file):
             continue
-        before = sum(size for other, size in sizes.items() if other != name)
-        _receive(lock, name, folder, lambda done, before=before: report(before + done, total), stop)
-        sizes[name] = file.size
+        _receive(lock, name, folder, partial(report, folder / name), stop)
         sha256 = _verify(_part(folder / name), file, lock, stop)
         lock = dataclasses.replace(lock, files=lock.files | {name: dataclasses.replace(file, sha256=sha256)})
         _write_lock(folder, lock)  # before the file gets its name: what has its name is in the lock
@@ -169,12 +175,24 @@ def _write_lock(folder: Path, lock: Lock) -> None:
     _part(folder / LOCK).replace(folder / LOCK)
 
 
+def _locked(source: Source, folder: Path, stop: threading.Event) -> Lock:
+    """What a folder is to hold: of its own lock, else of the Hub as it is now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _held_lock(source, folder)
+    if lock is None:
+        lock = _ask(lambda: _resolve(source), source.repo, stop)
+        _write_lock(folder, lock)
+    elif not _is_whole(folder, lock) and source.revision is None:
+        _report_move(lock, stop)
+    return lock
+
+
 def _held_lock(source: Source, folder: Path) -> Lock | None:
     """Lock of a folder if it is one of this source; what came from elsewhere is deleted."""
     lock = read_lock(folder)
     if lock is not None and lock.repo == source.repo and source.revision in (None, lock.commit):
         paths = {name: file.path for name, file in lock.files.items()}
-        if paths == {name: file.path for name, file in source.files.items()}:
+        if paths == {name: file.path for name, file in source.files.items() if file.needed or name in paths}:
             return lock
     for name in (LOCK, *source.files):
         (folder / name).unlink(missing_ok=True)
@@ -205,6 +223,8 @@ def _resolve(source: Source) -> Lock:
     files = {}
     for name, remote in source.files.items():
         if (found := there.get(remote.path)) is None:
+            if not remote.needed:
+                continue
             raise HubError(f"{source.repo} has no file {remote.path} at commit {info['sha']}")
         large = found.get("lfs") or {}
         size = large.get("size", found["size"])

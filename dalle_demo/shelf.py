@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle_demo import hardware, hub, weights
+from dalle_demo import hardware, hub, repos
 from dalle_demo.config import PRESETS, SOURCES, DalleConfig
 from dalle_demo.engines import DalleEngine
 
@@ -163,11 +163,11 @@ class Shelf:
             defaults=config.defaults,
         )
 
-    def _files(self, name: str) -> weights.Listed:
+    def _files(self, name: str) -> repos.Listed:
         """What is known of a model's files, which may be a folder of the user's."""
         preset = self._presets[name]
-        known = (files for files in weights.listing() if preset in (files.name, str(files.folder)))
-        return next(known, weights.Listed(name, Path(preset), 0, "", None, None))
+        known = (files for files in repos.listing() if preset in (files.name, str(files.folder)))
+        return next(known, repos.Listed(name, Path(preset), 0, "", None, None))
 
     def _room(self) -> int | None:
         """Bytes that a model could take once the loaded one is freed."""
@@ -202,7 +202,7 @@ class Download:
 
     def _run(self) -> None:
         try:
-            weights.pull(self.name, self._report, self.stop)
+            repos.pull(self.name, self._report, self.stop)
         except hub.StoppedError:
             pass
         except Exception as error:  # raised again where somebody waits for it

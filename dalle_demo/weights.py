@@ -10,8 +10,7 @@ import json
 import math
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle_demo import hub
-from dalle_demo.config import (
-    PARTS,
-    PRESETS,
-    SOURCES,
-    DalleConfig,
-    GenerateParams,
-    RemoteFile,
-    Source,
-    part_config,
-)
+from dalle_demo.config import PARTS, SOURCES, DalleConfig, GenerateParams, part_config
 from dalle_demo.models.packed import StoredEmbedding, StoredLinear
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
@@ -43,7 +33,6 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 CLASSES = {"vqgan": VQGAN, "text_encoder": TextEncoder, "image_decoder": ImageDecoder}
 FORMAT = 1
 LARGE = 64 * 2**20  # weights of a part
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 
 
@@ -87,21 +76,32 @@ def load_dalle(preset: str) -> Dalle:
         GenerateParams("a", **config.defaults)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{folder / 'config.json'}: defaults: {error}") from error
-    return Dalle(folder.resolve().name, meta["sha256"]["image_decoder"], config, tokenizer, **modules)
+    return Dalle(_name(folder), meta["sha256"]["image_decoder"], config, tokenizer, **modules)
 
 
 def find(preset: str) -> Path:
-    """Folder that holds a preset's weights: one given as such, one beside the package, or what `pull` has left."""
-    for folder in (Path(preset), SHIPPED / preset, _pulled(preset)):
+    """Folder that holds a preset's weights: given as such, beside the package, or what `repos.pull` has left."""
+    for folder in (Path(preset), SHIPPED / preset, pulled(preset)):
         if (folder / "config.json").exists():
             return folder
     pull_command = f"`python -m dalle_demo weights pull {preset}`"
     if preset in SOURCES:
         raise WeightsError(f"the weights of {preset} are not here yet: {pull_command} fetches them")
-    if can_pull(preset):
+    if REPO.fullmatch(preset):
         raise WeightsError(f"{preset} is no folder with a config.json: if it is on the Hub, {pull_command} fetches it")
     shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))) or "none is here"
     raise WeightsError(f"no weights at {preset!r}: give a folder with a config.json, or one of: {shipped}")
+
+
+def pulled(name: str) -> Path:
+    """Folder of what `repos.pull` fetches by this name."""
+    return hub.cache_root() / "models" / name
+
+
+def _name(folder: Path) -> str:
+    """What `find` finds a folder by: user/name of a repository that was pulled, else the folder's own name."""
+    folder, models = folder.resolve(), pulled(".").resolve()
+    return folder.relative_to(models).as_posix() if folder.is_relative_to(models) else folder.name
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -295,161 +295,3 @@ def save_tensors(
     (folder / "config.json.part").write_text(json.dumps(meta | extra, indent=2) + "\n", encoding="utf-8")
     for name in names:
         (folder / f"{name}.part").replace(folder / name)
-
-
-def pull(
-    name: str,
-    report: Callable[[int, int], None] = lambda done, total: None,
-    stop: threading.Event | None = None,
-    update: bool = False,
-    revision: str | None = None,
-) -> Path:
-    """Folder with the weights of a preset, or of a repository `user/name` of our format, fetched if they are not here.
-
-    Weights that are here are left alone, and the network too, unless `update` asks for what `main` is now or `revision`
-    for a certain commit. A call that was stopped or killed leaves nothing that loads; the next one goes on.
-
-    Args:
-        report: called with the bytes that are here and those of the whole download.
-        stop: when set, hub.StoppedError is raised.
-
-    Raises:
-        WeightsError, HubError, ConvertError: each a ValueError whose message says what to do.
-    """
-    if (SHIPPED / name / "config.json").exists():
-        return SHIPPED / name
-    source, folder, raw = source_of(name), _pulled(name), hub.cache_root() / "downloads" / name
-    if revision is not None and not re.fullmatch("[0-9a-f]{40}", revision):
-        raise WeightsError(f"revision {revision!r} must be the 40 hexadecimal digits of a commit")
-    wanted = hub.head(source.repo, stop) if update and revision is None else revision
-    if not _is_pulled(folder, wanted):
-        with hub.alone(raw):
-            if not _is_pulled(folder, wanted):  # by another, in the meantime
-                hub.download(dataclasses.replace(source, revision=wanted or source.revision), raw, report, stop)
-                if source.form == "dalle_demo":
-                    _read_config(raw / "config.json")
-                    _put(raw, folder)
-                else:
-                    convert_folder(raw, source.form, name, folder)
-                    shutil.rmtree(raw)
-    return folder
-
-
-def can_pull(name: str) -> bool:
-    """Whether a name is one that `pull` knows how to look for."""
-    return name in SOURCES or REPO.fullmatch(name) is not None
-
-
-def source_of(name: str) -> Source:
-    """Where a preset, or a repository of our format, is on the Hub; raises WeightsError."""
-    if name in SOURCES:
-        return SOURCES[name]
-    if can_pull(name):
-        return Source(name, {file: RemoteFile(file) for file in FILES}, "dalle_demo", "see its model card")
-    raise WeightsError(f"{name!r} cannot be fetched: give one of {', '.join(SOURCES)}, or a repository as user/name")
-
-
-def convert_folder(folder: Path, form: str, preset: str, out: Path) -> None:
-    """Write files of another program as a checkpoint folder of ours, which takes its place once it is whole."""
-    from dalle_demo.convert import convert  # the only caller; loading weights must not wait for it
-
-    converted = convert(folder, form, PRESETS[preset])
-    partial = out.with_name(f".{out.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    converted.tokenizer.save(partial / "tokenizer.json")
-    config = converted.config
-    configs = {part: getattr(config, part) for part in PARTS}
-    extra = {"defaults": config.defaults}
-    save_tensors(partial, configs, converted.tensors, partial / "tokenizer.json", **extra)
-    (partial / "README.md").write_text(_card(preset, form, hub.read_lock(folder)), encoding="utf-8")
-    if (folder / hub.LOCK).exists():
-        shutil.copyfile(folder / hub.LOCK, partial / hub.LOCK)
-    _put(partial, out)
-
-
-def push(name: str, repo: str, private: bool = False) -> str:
-    """Upload a folder of weights that loads, with its model card, to a repository; returns its address."""
-    folder = find(name)
-    load_dalle(str(folder))
-    if not (folder / "README.md").exists():
-        raise WeightsError(f"{folder / 'README.md'} is missing: write the model card first, it is what people read")
-    return hub.upload(folder, repo, [*FILES, "*.png"], private)
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What there is to know of weights without loading them."""
-
-    name: str
-    folder: Path | None  # None: not here
-    size: int  # bytes on the disk, or to download
-    licence: str
-    repo: str | None  # on the Hub
-    commit: str | None  # that was fetched
-
-
-def listing() -> list[Listed]:
-    """Every preset, and every repository that was pulled."""
-    models = hub.cache_root() / "models"
-    pulled = [path.parent for depth in ("*", "*/*") for path in sorted(models.glob(f"{depth}/config.json"))]
-    names = [folder.relative_to(models).as_posix() for folder in pulled if not folder.name.startswith(".")]
-    return [_listed(name) for name in dict.fromkeys([*PRESETS, *names])]
-
-
-def _listed(name: str) -> Listed:
-    source = SOURCES.get(name)
-    folder = next((one for one in (SHIPPED / name, _pulled(name)) if (one / "config.json").exists()), None)
-    if folder is None:
-        size = sum(file.size or 0 for file in source.files.values()) if source else 0
-        return Listed(name, None, size, source.licence if source else "", source.repo if source else None, None)
-    lock, size = hub.read_lock(folder), sum(path.stat().st_size for path in folder.iterdir())
-    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else ""
-    found = re.findall(r"^license(?:_name)?: *(\S+)$", card, re.MULTILINE)  # the name follows `other`
-    return Listed(name, folder, size, found[-1] if found else "", lock and lock.repo, lock and lock.commit)
-
-
-def _pulled(name: str) -> Path:
-    return hub.cache_root() / "models" / name
-
-
-def _is_pulled(folder: Path, commit: str | None) -> bool:
-    """Whether weights are here, of a certain commit if one is given."""
-    lock = hub.read_lock(folder)
-    return (folder / "config.json").exists() and (commit is None or (lock is not None and lock.commit == commit))
-
-
-def _put(made: Path, folder: Path) -> None:
-    """Give a folder that is whole its place; what was there goes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    made.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _card(preset: str, form: str, lock: hub.Lock | None) -> str:
-    """Model card of converted weights."""
-    origin = f"files in the form of {form}"
-    if lock is not None:
-        origin = f"[{lock.repo}](https://huggingface.co/{lock.repo}) at commit `{lock.commit}`"
-    return f"""---
-license: {SOURCES[preset].licence.lower()}
-tags: [text-to-image, dall-e, pytorch]
-library_name: dalle_demo
----
-
-# {preset}, in the format of dalle_demo
-
-The same numbers as in {origin}, stored as safetensors. Licence of the weights: {SOURCES[preset].licence}.
-
-```python
-from dalle_demo import DalleEngine
-
-engine = DalleEngine.load("{preset}")  # or this folder
-*_, last = engine.generate(engine.params("a red apple"))
-last.images[0].save("apple.png")
-```
-"""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny import save_tiny, tiny_config
 
 from dalle_demo.engines import DalleEngine

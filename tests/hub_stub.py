@@ -6,14 +6,19 @@ Large files are redirected to another host name, as the Hub does, and can be cut
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
+
+import huggingface_hub
+import pytest
 
 LARGE = (".safetensors", ".pt", ".msgpack")
 CHUNK = 1 << 16
@@ -38,8 +43,8 @@ class Repository:
     private: bool = False
     gated: bool = False
 
-    def add(self, files: dict[str, bytes | Path]) -> str:
-        commit = hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest()
+    def add(self, files: dict[str, bytes | Path], commit: str | None = None) -> str:
+        commit = commit or hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest()
         self.commits[commit] = files
         return commit
 
@@ -76,11 +81,11 @@ class Hub(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
-    def put(self, repo: str, files: dict[str, bytes | Path] | Path) -> str:
+    def put(self, repo: str, files: dict[str, bytes | Path] | Path, commit: str | None = None) -> str:
         """Add a commit, of these files or of those in a folder; returns it."""
         if isinstance(files, Path):
             files = {path.name: path for path in files.iterdir()}
-        return self.repos.setdefault(repo, Repository()).add(files)
+        return self.repos.setdefault(repo, Repository()).add(files, commit)
 
     def fetched(self, name: str) -> list[Request]:
         """Requests of one file, at the host that sends it."""
@@ -89,13 +94,34 @@ class Hub(ThreadingHTTPServer):
         ]
 
 
+@contextlib.contextmanager
+def serving(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The only Hub that this process, and those that it starts, can reach, with an empty cache in `folder`."""
+    server = Hub()
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        patch.delenv(name, raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        patch.setenv(name, "127.0.0.1,localhost")
+    patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "no token"))
+    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    patch.setenv("HF_ENDPOINT", server.endpoint)
+    patch.setenv("DALLE_DEMO_CACHE", str(folder / "cache"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 def size_of(content: bytes | Path) -> int:
     return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def hash_of(content: bytes | Path, blob: bool = False) -> str:
-    data = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() if blob else hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha1(b"blob %d\0" % size_of(content)) if blob else hashlib.sha256()
+    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as source:
+        while chunk := source.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -154,9 +180,13 @@ class Handler(BaseHTTPRequestHandler):
         siblings = []
         for path, content in repo.commits[commit].items():
             size = size_of(content)
-            sibling = {"rfilename": path, "size": size, "blobId": hash_of(content, blob=True)}
-            if path.endswith(LARGE):
-                sibling |= {"lfs": {"sha256": hash_of(content), "size": size, "pointerSize": 130}}
+            sibling = {"rfilename": path, "size": size}
+            if path.endswith(LARGE):  # in git there is a pointer to the file
+                sha256 = hash_of(content)
+                sibling |= {"blobId": hash_of(sha256.encode(), blob=True)}
+                sibling |= {"lfs": {"sha256": sha256, "size": size, "pointerSize": 130}}
+            else:
+                sibling |= {"blobId": hash_of(content, blob=True)}
             siblings.append(sibling)
         return self.answer(200, {"id": name, "sha": commit, "private": repo.private, "siblings": siblings})
 

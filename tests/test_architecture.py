@@ -17,7 +17,7 @@ ROWS = (
     "text sampling data hardware",
     "convert hub",
     "weights",
-    "engines",
+    "engines repos",
     "shelf",
     "training evaluation",
     "serving",

@@ -195,6 +195,13 @@ def test_previews_take_a_small_share_of_the_time(monkeypatch, cost, fewest):
     assert cost * sum(made) <= 1.2 * engines.PREVIEW_SHARE * 256
 
 
+def test_without_previews_there_is_the_end_only(engine):
+    params = GenerateParams(PROMPT, n=2, seed=4)
+    (last,) = engine.generate(params, previews=False)
+    assert last.final
+    assert [picture.tobytes() for picture in last.images] == draw(engine, n=2, seed=4)
+
+
 def test_a_preview_that_would_take_too_long_is_an_earlier_one(engine, monkeypatch):
     allowed = iter([True, False, True, *[False] * 20])
     monkeypatch.setattr(engines.Ration, "allows", lambda self, rows: next(allowed))

@@ -15,14 +15,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_stub import Hub
+from hub_stub import serving
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import hub, weights
+from dalle_demo import hub, repos, weights
 from dalle_demo.__main__ import ensure, main, progress_line
 from dalle_demo.config import RemoteFile, Source
 from dalle_demo.hub import HubError, StoppedError, download, read_lock
-from dalle_demo.weights import WeightsError, find, load_dalle, pull
+from dalle_demo.repos import pull
+from dalle_demo.weights import WeightsError, find, load_dalle
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG, SMALL = os.urandom(700_000), b"#version: 0.2\na b\n"
@@ -32,20 +33,9 @@ REPO = "someone/some-model"
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """Hub of this test alone, and a cache of its own."""
-    server = Hub()
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1,localhost")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "WAITS", (0.01, 0.01))
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(tmp_path, monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
@@ -376,7 +366,7 @@ def test_cache_folder(monkeypatch):
     assert hub.cache_root() == Path.home() / ".cache" / "dalle_demo"
 
 
-# Whole models: weights.pull and the commands.
+# Whole models: repos.pull and the commands.
 
 
 def test_pulled_once(stub, model, nano_folder):
@@ -488,12 +478,12 @@ def test_a_preset_is_converted(stub, source, nano_folder, monkeypatch):
         return convert.Converted(config, parts, tiny.tokenizer)
 
     monkeypatch.setattr(convert, "convert", fake)
-    monkeypatch.setitem(weights.SOURCES, "some", source)
-    monkeypatch.setitem(weights.PRESETS, "some", tiny.config)
+    monkeypatch.setitem(repos.SOURCES, "some", source)
+    monkeypatch.setitem(repos.PRESETS, "some", tiny.config)
     folder = pull("some")
     assert seen == [("min-dalle", tiny.config, True)]
     assert folder == hub.cache_root() / "models" / "some"
-    assert {path.name for path in folder.iterdir()} == {*weights.FILES, "lock.json"}
+    assert {path.name for path in folder.iterdir()} == {*repos.FILES, "lock.json"}
     assert not list(hub.cache_root().rglob("big.pt"))
     loaded = load_dalle("some")
     assert loaded.config == tiny.config
@@ -507,8 +497,8 @@ def test_conversion_that_was_killed(stub, source, folder, nano_folder, monkeypat
     """What had arrived is not fetched again."""
     convert = pytest.importorskip("dalle_demo.convert")
     tiny = load_dalle(str(nano_folder))
-    monkeypatch.setitem(weights.SOURCES, "some", source)
-    monkeypatch.setitem(weights.PRESETS, "some", tiny.config)
+    monkeypatch.setitem(repos.SOURCES, "some", source)
+    monkeypatch.setitem(repos.PRESETS, "some", tiny.config)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -554,7 +544,7 @@ def test_interrupted_pull_command(stub, model, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights.hub, "download", interrupt)
+    monkeypatch.setattr(repos.hub, "download", interrupt)
     assert main(["weights", "pull", model]) == 2
     assert capsys.readouterr().err.strip() == "stopped; the same command goes on"
 
@@ -602,7 +592,7 @@ def test_push_and_pull_back(stub, nano_folder, tmp_path, monkeypatch, capsys):
     assert f"{stub.endpoint}/tester/mine" in capsys.readouterr().out
     repo = stub.repos["tester/mine"]
     assert repo.private
-    assert set(repo.commits[repo.main]) == set(weights.FILES)
+    assert set(repo.commits[repo.main]) == set(repos.FILES)
     assert load_dalle(str(pull("tester/mine"))).sha256 == load_dalle(str(folder)).sha256
 
 

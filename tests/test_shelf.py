@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import hardware, hub, shelf, weights
+from dalle_demo import hardware, hub, repos, shelf
 from dalle_demo.config import SOURCES
 from dalle_demo.engines import DalleEngine
 from dalle_demo.shelf import Shelf, ShelfError, free_memory
@@ -22,9 +22,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """Folder of what was pulled, empty; on a machine with 8 GB to give, where mega needs 11 and mini 2."""
     monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path))
     needs = {1024: 2 * GB, 2048: 11 * GB}
-    monkeypatch.setattr(
-        hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6)
-    )
+    monkeypatch.setattr(hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6))
     monkeypatch.setattr(hardware, "seconds_per_image", lambda config: 6.0)
     monkeypatch.setattr(shelf, "free_memory", lambda: 8 * GB)
     (tmp_path / "models").mkdir()
@@ -155,7 +153,7 @@ def test_offline_lists_what_is_here(nano_folder):
 
 
 class Pull:
-    """Stands for weights.pull: goes on until told what to do, or to stop."""
+    """Stands for repos.pull: goes on until told what to do, or to stop."""
 
     def __init__(self, arrive):
         self.arrive = arrive
@@ -179,7 +177,7 @@ class Pull:
 @pytest.fixture
 def pull(monkeypatch, cache, other_folder) -> Pull:
     made = Pull(lambda name: shutil.copytree(other_folder, cache / name))
-    monkeypatch.setattr(weights, "pull", made)
+    monkeypatch.setattr(repos, "pull", made)
     yield made
     made.end.set()
 

@@ -9,10 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# In products of a multiple of four rows, a row has the same bits however many there are (measured for 4 to 64 rows with
-# MKL, oneDNN and FBGEMM); one to three rows take other code paths, and so does FBGEMM with some numbers beyond 28.
-ROWS = 4
-MOST_ROWS = 24
+MOST_ROWS = 24  # of one product: with some numbers beyond 28, FBGEMM takes code paths that round differently
 
 
 class StoredLinear(nn.Linear):
@@ -49,43 +46,20 @@ class StoredEmbedding(nn.Embedding):
         return self.weight[ids.cpu()].float().to(ids.device)
 
 
-class StableLinear(nn.Module):
-    """nn.Linear without bias whose rows do not depend on how many there are, to the bit."""
+class PackedLinear(nn.Module):
+    """nn.Linear without bias, with weights in fp16."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.float(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        rows = x.flatten(0, -2)
-        filled = fill_up(rows)
-        parts = [filled] if len(filled) <= MOST_ROWS else filled.split(MOST_ROWS)
-        products = [self.multiply(part) for part in parts]
-        product = products[0] if len(products) == 1 else torch.cat(products)
-        return product[: len(rows)].view(*x.shape[:-1], -1)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """(R, in) -> (R, out)."""
-        return nn.functional.linear(x, self.weight)
-
-
-class PackedLinear(StableLinear):
-    """The same with weights in fp16."""
-
-    def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)
         self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.float(), None)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """(R, in) -> (R, out)."""
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-
-
-def fill_up(rows: Tensor) -> Tensor:
-    """Repeat the first row up to a multiple of ROWS."""
-    missing = -len(rows) % ROWS
-    return torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in fp32."""
+        if x.numel() <= MOST_ROWS * x.shape[-1]:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        chunks = x.flatten(0, -2).split(MOST_ROWS)
+        products = [torch.ops.quantized.linear_dynamic_fp16(chunk, self.packed) for chunk in chunks]
+        return torch.cat(products).unflatten(0, x.shape[:-1])
 
 
 class HalfEmbedding(nn.Module):
@@ -114,9 +88,16 @@ def pack(module: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
-def stabilise(module: nn.Module) -> None:
-    """Replace projections within a module by those whose rows do not depend on their number, and read embeddings."""
-    _replace(module, StableLinear, lambda embedding: nn.Embedding.from_pretrained(embedding.weight.float()))
+def read(module: nn.Module) -> None:
+    """Bring weights that are still in their file into memory."""
+    if is_stored(module):
+        _replace(module, _read_linear, lambda embedding: nn.Embedding.from_pretrained(embedding.weight.clone()))
+
+
+def _read_linear(stored: nn.Linear) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = nn.Parameter(stored.weight.clone(), requires_grad=False)
+    return linear
 
 
 def is_stored(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import hardware, hub, shelf, weights
+from dalle_demo import hardware, hub, repos, shelf
 from dalle_demo.config import PRESETS
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import read_request
@@ -56,13 +56,11 @@ def studio(nano_folder, mini_folder, serve, tmp_path, monkeypatch) -> Studio:
     """On a machine with 8 GB of memory to give, where mini needs 2 and mega 11."""
     monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path))
     needs = {1024: 2 * GB, 2048: 11 * GB}
-    monkeypatch.setattr(
-        hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6)
-    )
+    monkeypatch.setattr(hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6))
     monkeypatch.setattr(hardware, "seconds_per_image", lambda config: 6.0)
     monkeypatch.setattr(shelf, "free_memory", lambda: 8 * GB)
     made = Studio("", mini_folder, tmp_path)
-    monkeypatch.setattr(weights, "pull", made.pull)
+    monkeypatch.setattr(repos, "pull", made.pull)
     made.url = serve(Shelf(str(nano_folder), load=lambda preset: DalleEngine.load(preset, threads=1, form="float32")))
     yield made
     made.arrives.set()
