@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from functools import partial
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     preset = os.environ.get("DALLE_DEMO_WEIGHTS", "nano")
     what = "preset, folder, or user/name on the Hugging Face Hub; fetched if it is not here (default: %(default)s)"
     parser.add_argument("--weights", default=preset, metavar="FOLDER_OR_REPO", help=what)
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a graphics card if there is one)")
     parser.add_argument("--host", help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT or the first free one from 7860")
     return parser.parse_args()
@@ -40,10 +42,11 @@ def parse_args() -> argparse.Namespace:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve the page and print where it is."""
+    from dalle_demo import DalleEngine
     from dalle_demo.__main__ import ensure
     from dalle_demo.shelf import Shelf
 
-    shelf = Shelf(ensure(args.weights), offline=is_offline())
+    shelf = Shelf(ensure(args.weights), is_offline(), partial(DalleEngine.load, device=args.device))
     from dalle_demo.ui.app import build  # brings gradio, seconds that a wrong folder need not wait for
 
     page, options = build(shelf)

@@ -52,6 +52,8 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     command.add_argument("--preset", help="preset, or folder with weights (default: nano, or what drew the PNG)")
+    command.add_argument("--device", help="cpu, cuda or mps (default: a graphics card if there is one)")
+    command.add_argument("--format", help="of weights: float32, float16 or bfloat16 (default: what is fastest here)")
     command.add_argument("--grid", action="store_true", help="write one more file with all pictures of a prompt")
     for spec in dataclasses.fields(GenerateParams):
         if spec.name != "prompt":
@@ -71,7 +73,7 @@ def run_generate(options: argparse.Namespace) -> int:
     names = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.again is None:
-        engine = DalleEngine.load(options.preset or "nano")
+        engine = DalleEngine.load(options.preset or "nano", form=options.format, device=options.device)
     else:
         request, origin = images.read_request(options.again)
         settings = request | settings

@@ -88,7 +88,7 @@ class DalleEngine:
             form: number format of the weights, one of hardware.FORMATS, measured when None.
             device: "cpu", "cuda" or "mps"; a graphics card if there is one when None.
         """
-        return cls(load_dalle(preset), threads, form, torch.device(device) if device else None)
+        return cls(load_dalle(preset), threads, form, pick_device(device))
 
     @classmethod
     def like(cls, origin: Mapping[str, Any], preset: str | None = None) -> "DalleEngine":

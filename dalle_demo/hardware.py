@@ -25,8 +25,16 @@ PROCESS = 350 * 2**20  # bytes that Python, PyTorch and the page take without a 
 SECONDS_PER_LAYER = 4e-4  # of a decoding step, for what is no matrix product
 
 
-def pick_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the processor."""
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one CUDA, else Apple's MPS, else the processor.
+
+    Raises ValueError for a name that PyTorch does not know, or a device that it does not see.
+    """
+    if name is not None:
+        seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if not seen.get(name.split(":")[0]):
+            raise ValueError(f"device {name!r} is not here; there is {', '.join(kind for kind in seen if seen[kind])}")
+        return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

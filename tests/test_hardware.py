@@ -1,14 +1,22 @@
 """What is promised of formats and threads: packed weights compute the same, and what is fastest is taken."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_config
 from torch import nn
 
 from dalle_demo import hardware
+from dalle_demo.config import PRESETS
 from dalle_demo.models.packed import HalfEmbedding, PackedLinear, pack
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder, fill_up
+from dalle_demo.sampling import guide, sample
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SIZES = tiny_config().image_decoder
 
@@ -91,6 +99,65 @@ def test_a_graphics_card_computes_in_half_precision():
     assert hardware.fastest_format(SIZES, card) == "float16"
     assert hardware.activation_type("float16", card) == torch.float16
     assert hardware.activation_type("float16", CPU) == torch.float32
+
+
+def test_a_step_stays_on_its_device_and_in_its_type():
+    """On the meta device, where any tensor made elsewhere is an error, as it would be on a graphics card."""
+    meta = torch.device("meta")
+    decoder = hardware.place_transformer(ImageDecoder(SIZES), "float16", meta)
+    text = torch.zeros(2, 5, SIZES.text_width, dtype=torch.float16, device=meta)
+    cache = decoder.prefill(text, torch.ones(2, 5, dtype=torch.bool, device=meta), 3)
+
+    def step(tokens: torch.Tensor, position: int) -> torch.Tensor:
+        logits = decoder.step(tokens.repeat(2), position, cache)
+        assert logits.device == meta
+        assert logits.dtype == torch.float16
+        return guide(*logits.float().chunk(2), 3.0)
+
+    *_, tokens = sample(step, torch.rand(3, SIZES.length, device=meta), SIZES.bos, 0.9, 8, 0.9)
+    assert tokens.shape == (3, SIZES.length)
+    assert tokens.device == meta
+
+
+def test_names_the_devices_that_are_here():
+    with pytest.raises(ValueError, match="cpu"):
+        hardware.pick_device("cuda:0" if not torch.cuda.is_available() else "xpu")
+    with pytest.raises(ValueError, match="warp"):
+        hardware.pick_device("warp")
+    assert hardware.pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("capped", [{"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, {"FBGEMM": "no"}])
+def test_draws_on_lesser_processors(nano_folder, capped):
+    """Instruction sets capped as on a laptop, and none of FBGEMM: pictures all the same."""
+    program = f"""
+from dalle_demo import DalleEngine, hardware
+hardware.can_pack = (lambda: False) if {capped!r}.get("FBGEMM") else hardware.can_pack
+engine = DalleEngine.load({str(nano_folder)!r})
+(last,) = engine.generate(engine.params("a red apple", n=2, seed=3), previews=False)
+assert len({{picture.tobytes() for picture in last.images}}) == 2
+print(engine.format)
+"""
+    environment = os.environ | capped
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in hardware.FORMATS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_estimates_grow_with_the_model(preset):
+    """What DALL-E Mini and Mega take was measured: 1.2 and 3.9 GiB of weights and activations, and they take longer."""
+    memory = hardware.memory_needed(PRESETS[preset]) / 2**30
+    assert {"nano": 0.3, "mini": 1.0, "mega": 4.0}[preset] < memory < {"nano": 0.5, "mini": 2.0, "mega": 12.0}[preset]
+
+
+def test_estimates_the_time_of_a_picture(monkeypatch):
+    monkeypatch.setattr(hardware, "_speeds", lambda: (1e-10, 1e-11))
+    seconds = hardware.seconds_per_image(PRESETS["mini"])
+    weights = 235e6 * 1e-10 * 256
+    pixels = 253e9 * 1e-11  # operations of the VQGAN's decoder, counted with another program
+    rest = 256 * 12 * hardware.SECONDS_PER_LAYER
+    assert seconds == pytest.approx(weights + pixels + rest, rel=0.02)
 
 
 @pytest.mark.parametrize(("cuda", "mps", "expected"), [(1, 0, "cuda"), (1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])

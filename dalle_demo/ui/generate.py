@@ -231,7 +231,7 @@ class GenerateTab:
     def _stream(
         self, engine: DalleEngine, params: GenerateParams, stop: threading.Event, language: str
     ) -> Iterator[tuple]:
-        start, shown, update = time.monotonic(), 0.0, None
+        start, shown, update, preview = time.monotonic(), 0.0, None, None
         with closing(engine.generate(params, stop)) as updates:
             for update in updates:
                 if update.final:
@@ -241,7 +241,9 @@ class GenerateTab:
                 if time.monotonic() - shown >= 1 / FRAMES_PER_SECOND:
                     shown = time.monotonic()
                     drawing = say("drawing", language, percent=_percent(update))
-                    yield _captioned(update.images, update), update.seeds[0], drawing
+                    pictures = gr.skip() if update.images is preview else _captioned(update.images, update)
+                    preview = update.images  # large models make few; the same one is not sent again
+                    yield pictures, update.seeds[0], drawing
         if update is None:
             yield gr.skip(), gr.skip(), say("stopped", language)
         else:
