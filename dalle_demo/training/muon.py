@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Polar Express (Amsel et al. 2025, table 1): odd quintics that push all singular values towards one, the fastest first
+# Polar Express (Amsel et al. 2025, algorithm 1): odd quintics that push all singular values towards one, fastest first
 QUINTICS = ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.94869, -2.90890, 0.55182),
             (3.31842, -2.48849, 0.51005))  # fmt: skip
 SPREAD = 0.2  # root mean square of an update in units of the learning rate: AdamW's usual one (Liu et al. 2025)
@@ -15,9 +15,10 @@ SPREAD = 0.2  # root mean square of an update in units of the learning rate: Ada
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), in fp32 and with the work shared between the processes.
 
-    A step changes all directions of a matrix by the same amount. `torch.optim.Muon` multiplies in bf16, which most
-    processors emulate, and repeats the work in every process. Fused projections are orthogonalised in square blocks,
-    as if they stood apart, so that all blocks of one shape are multiplied as one batch.
+    A step changes all directions of a matrix by about the same amount. `torch.optim.Muon` multiplies in bf16, which
+    most processors emulate, and repeats the work in every process. A matrix whose longer side is a multiple of the
+    shorter is orthogonalised in square blocks, so that all blocks of one size are multiplied as one batch; where a
+    fused projection has the width of its input, as in `nano`, its parts are whole blocks.
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -81,7 +82,10 @@ def shared_polar(blocks: Tensor) -> Tensor:
 
 
 def polar(blocks: Tensor) -> Tensor:
-    """U V^T of the singular value decompositions U S V^T, about: singular values end up between 0.4 and 1.6."""
+    """U V^T of the singular value decompositions U S V^T, about.
+
+    Singular values end up between 0.4 and 1.6, but for those under a thousandth of the Frobenius norm, which stay less.
+    """
     tall = blocks.shape[-2] > blocks.shape[-1]
     x = blocks.mT if tall else blocks
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
