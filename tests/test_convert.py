@@ -11,14 +11,17 @@ import min_dalle_reference as reference
 import msgpack
 import pytest
 import torch
+from hub_stub import serving
 from test_parity import VQGAN_SIZES, config_of, like_published
 from tiny import tiny_config
 
 from dalle_demo import convert as convert_module
-from dalle_demo.config import PRESETS
+from dalle_demo.config import PRESETS, SOURCES
 from dalle_demo.convert import ConvertError, convert
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
+from dalle_demo.repos import pull
+from dalle_demo.weights import load_dalle
 
 FILES = ("encoder.pt", "decoder.pt", "detoker.pt", "vocab.json", "merges.txt")
 FROM_ZERO = dataclasses.replace(VQGAN_SIZES, from_zero=True)
@@ -363,6 +366,29 @@ def test_flax_tokenizer_may_be_in_one_file(flax_folder):
         (flax_folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": form}}))
         after = convert(flax_folder, "flax", PRESETS["mini"]).tokenizer
         assert after.encode(reference.PROMPT, 64) == before.encode(reference.PROMPT, 64)
+
+
+def test_flax_is_pulled_with_the_encoder(flax_folder, converted, monkeypatch):
+    """The whole way from two repositories, of which one is held to its commit, to a model that reads pictures."""
+    source = SOURCES["mini-flax"]
+    with serving(flax_folder, monkeypatch) as stub:
+        commit = stub.put(source.repo, {path.name: path for path in flax_folder.glob("*.*")})
+        published = {path.name: path for path in (flax_folder / "vqgan").iterdir()}
+        stub.put(source.vqgan.repo, published, source.vqgan.revision)
+        stub.put(source.vqgan.repo, {})
+        folder = pull("mini-flax")
+        stub.requests.clear()
+        assert pull("mini-flax") == folder
+        model = load_dalle("mini-flax")
+        assert stub.requests == []
+    assert model.name == "mini-flax"
+    assert model.config.vqgan == FROM_ZERO
+    assert model.config.image_decoder == converted.config.image_decoder
+    assert model.config.defaults == PRESETS["mini"].defaults
+    assert model.vqgan.encode(torch.zeros(1, 3, 256, 256)).shape == (1, 16, 16)
+    card = (folder / "README.md").read_text()
+    for word in (source.repo, commit, source.vqgan.repo, source.vqgan.revision, "license: apache-2.0"):
+        assert word in card
 
 
 @pytest.mark.parametrize("where", [".", "vqgan"])

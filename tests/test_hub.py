@@ -1,5 +1,6 @@
 """Weights from the Hub: fetched once, whole or not at all, gone on with after any interruption, and never unawares."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from tiny import save_tiny, tiny_config
 from dalle_demo import hub, repos, weights
 from dalle_demo.__main__ import ensure, main, progress_line
 from dalle_demo.config import RemoteFile, Source
+from dalle_demo.engines import DalleEngine
 from dalle_demo.hub import HubError, StoppedError, download, read_lock
 from dalle_demo.repos import pull
 from dalle_demo.weights import WeightsError, find, load_dalle
@@ -243,6 +245,47 @@ def test_no_such_file(stub, source, folder):
     refuse(Source(REPO, files, "min-dalle", "x"), folder, REPO, "vocab_mini.json")
 
 
+def test_a_file_that_may_be_absent(stub, source, folder):
+    optional = {"vocab.json": RemoteFile("vocab_mini.json", needed=False)}
+    source = dataclasses.replace(source, files=source.files | optional)
+    download(source, folder)
+    assert is_whole(folder)
+    assert not (folder / "vocab.json").exists()
+    stub.requests.clear()
+    download(source, folder)
+    assert stub.requests == []
+    later = stub.put(REPO, {"big_mini.pt": BIG, "merges_mini.txt": SMALL, "vocab_mini.json": b"{}"})
+    download(dataclasses.replace(source, revision=later), folder)
+    assert (folder / "vocab.json").read_bytes() == b"{}"
+
+
+def test_a_second_repository_comes_along(stub, source, folder, monkeypatch):
+    """As that of the picture tokenizer does; it is counted where bytes are, and gone on with as the first is."""
+    content = {"config.json": b"{}", "flax_model.msgpack": BIG[::-1]}
+    commit = stub.put("someone/vqgan", content)
+    stub.put("someone/vqgan", {})
+    vqgan = Source("someone/vqgan", {name: RemoteFile(name) for name in content}, "flax", "x", commit)
+    source, whole = dataclasses.replace(source, form="flax", vqgan=vqgan), 2 * len(BIG) + len(SMALL) + 2
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.shutil, "disk_usage", lambda path: usage(10**9, 0, 2 * whole - 1))
+        refuse(source, folder, "GB are needed")
+    assert stub.fetched("big_mini.pt") == []
+    stub.cuts["flax_model.msgpack"] = [400_000, 0, 0, 0]
+    refuse(source, folder, "connection")
+    reports = []
+    download(source, folder, lambda done, total: reports.append((done, total)))
+    assert reports == sorted(reports)
+    assert (reports[0], reports[-1]) == ((len(BIG) + len(SMALL) + 2 + 400_000, whole), (whole, whole))
+    assert is_whole(folder)
+    assert {name: (folder / "vqgan" / name).read_bytes() for name in content} == content
+    assert read_lock(folder).repo == REPO
+    assert read_lock(folder / "vqgan").commit == commit
+    stub.requests.clear()
+    download(source, folder)
+    assert stub.requests == []
+
+
 def test_no_such_repository(stub, source, folder, monkeypatch):
     refuse(Source("someone/else", source.files, "min-dalle", "x"), folder, "someone/else", "HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", stub.token)
@@ -375,6 +418,9 @@ def test_pulled_once(stub, model, nano_folder):
     assert find(model) == folder
     before, after = load_dalle(str(nano_folder)), load_dalle(model)
     assert after.sha256 == before.sha256
+    assert after.name == load_dalle(str(folder)).name == model
+    origin = {"model": model, "weights": after.sha256[:12], "format": "float32", "threads": 1}
+    assert DalleEngine.like(origin).name == model, "pictures name it by what finds it again"
     assert read_lock(folder).commit == stub.repos[model].main
     assert not (hub.cache_root() / "downloads" / "someone" / "tiny").exists()
     stub.requests.clear()
@@ -525,6 +571,8 @@ def test_list(stub, model, capsys):
     assert "5.36 GB" in lines["mega"]
     for word in ("Apache-2.0", "kuprel/min-dalle", "weights pull mini"):
         assert word in lines["mini"]
+    for word in ("unknown", "dalle-mini/dalle-mega", "weights pull mega-flax"):
+        assert word in lines["mega-flax"]
     assert str(ROOT / "weights" / "nano") in lines["nano"]
     for word in ("cc-by-4.0", stub.repos[model].main[:12], str(find(model))):
         assert word in lines[model]
