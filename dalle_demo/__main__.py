@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dalle_demo.config import GenerateParams, ParamError, is_whole
+from dalle_demo.config import SOURCES, GenerateParams, ParamError, is_whole
 
 if TYPE_CHECKING:
     from dalle_demo.engines import DalleEngine
@@ -185,7 +185,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     listing.add_argument("--check", action="store_true", help="ask the Hub whether what was fetched has moved on")
     listing.set_defaults(run=run_list)
     pull = actions.add_parser("pull", help="fetch weights from the Hugging Face Hub")
-    pull.add_argument("name", help="preset, or user/name of a repository in the format of this program")
+    pull.add_argument("name", help=f"{', '.join(SOURCES)}, or user/name of a repository in the format of this program")
     pull.add_argument("--revision", metavar="HEX", help="commit to fetch, 40 digits (default: main)")
     pull.add_argument("--update", action="store_true", help="replace what is here by what main is now")
     pull.set_defaults(run=lambda options: print(fetch(options.name, options.update, options.revision)))
@@ -266,7 +266,6 @@ def progress_line(name: str, stream: TextIO) -> Callable[[int, int], None]:
 def run_convert(options: argparse.Namespace) -> None:
     """Convert a folder of files of another program."""
     from dalle_demo import repos
-    from dalle_demo.config import SOURCES
 
     if options.preset not in SOURCES:
         raise ValueError(f"--preset must be one of {', '.join(SOURCES)}")

@@ -107,9 +107,11 @@ def serving(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
     patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
     patch.setenv("HF_ENDPOINT", server.endpoint)
     patch.setenv("DALLE_DEMO_CACHE", str(folder / "cache"))
-    yield server
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def size_of(content: bytes | Path) -> int:

@@ -185,7 +185,7 @@ def test_every_setting_has_a_flag_that_arrives(tmp_path, engine, monkeypatch, sp
     assert set(values) == {spec.name for spec in NUMERIC}, "a new setting: give it a value here"
     seen = []
     original = engine.generate
-    monkeypatch.setattr(engine, "generate", lambda params: seen.append(params) or original(params))
+    monkeypatch.setattr(engine, "generate", lambda params, **rest: seen.append(params) or original(params, **rest))
     flag = "--" + spec.name.replace("_", "-")
     generate(tmp_path, "a cat", flag, str(values[spec.name]), "--seed", "77")
     assert getattr(seen[0], spec.name) == values[spec.name]

@@ -77,14 +77,11 @@ def count(preset: str, part: str) -> int:
 @pytest.mark.parametrize(
     ("preset", "encoder", "decoder", "memory"),
     [
-        pytest.param("mini", 202_591_224, 235_242_488, 4e9, id="mini"),
-        pytest.param(
-            *("mega", 1_110_022_144, 1_477_498_880, 12e9),
-            id="mega",
-            marks=[pytest.mark.slow, pytest.mark.timeout(3600)],
-        ),
+        pytest.param("mini", 202_591_224, 235_242_488, 3e9, id="mini"),
+        pytest.param("mega", 1_110_022_144, 1_477_498_880, 12e9, id="mega", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(7200)
 def test_from_the_hub_to_a_picture(stub, tmp_path, preset, encoder, decoder, memory):
     """Numbers of both Transformers as published; here are ones, too, for the norms that have no scale there."""
     publish(stub, preset, tmp_path / "files")
@@ -103,7 +100,6 @@ def test_from_the_hub_to_a_picture(stub, tmp_path, preset, encoder, decoder, mem
     stub.requests.clear()
     second = start(preset, draws="yes")
     assert stub.requests == []
-    print(preset, first, second)
     assert (first["name"], first["sha256"]) == (second["name"], second["sha256"])
     assert second["size"] == [256, 256]
     assert second["tokens"] == 256
