@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a cat on a wall"
 TOKENS = 256
 GUIDANCE, TOP_K = 10, 256
-WARM_UPS = 1
+WARM_UPS, WARM_STEPS = 1, 2
 
 
 def compare(preset: str, steps: int, runs: int) -> dict:
@@ -174,14 +174,14 @@ def time_theirs(options: argparse.Namespace) -> dict:
         draw = lambda: model.generate_image(  # noqa: E731
             PROMPT, seed=1, grid_size=1, top_k=TOP_K, supercondition_factor=GUIDANCE
         )
-        image = median(draw, options.runs, warm_ups=0)
+        image = median(draw, options.runs)
     else:
         image = extrapolate(model, options.steps)
     return {"image_s": round(image, 2), "peak_gib": round(peak_gib(), 3), "threads": options.threads}
 
 
 def extrapolate(model, steps: int) -> float:
-    """Seconds of a picture of min-dalle's, from its first steps and the rest of its work."""
+    """Seconds of a picture of min-dalle's, from its first steps after some to warm up, and the rest of its work."""
     import torch
 
     class EnoughError(Exception):
@@ -191,7 +191,7 @@ def extrapolate(model, steps: int) -> float:
 
     def counted(**inputs):
         times.append(time.perf_counter())
-        if len(times) > steps:
+        if len(times) > WARM_STEPS + steps:
             raise EnoughError
         return original(**inputs)
 
@@ -199,8 +199,8 @@ def extrapolate(model, steps: int) -> float:
     with contextlib.suppress(EnoughError):
         model.generate_image(PROMPT, seed=1, grid_size=1, top_k=TOP_K, supercondition_factor=GUIDANCE)
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
-    pixels = median(lambda: model.detokenizer.forward(False, tokens), 1, warm_ups=0)
-    return times[0] - start + (times[-1] - times[0]) / steps * TOKENS + pixels
+    pixels = median(lambda: model.detokenizer.forward(False, tokens), 1)
+    return times[0] - start + (times[-1] - times[WARM_STEPS]) / steps * TOKENS + pixels
 
 
 def median(run: Callable[[], object], runs: int, warm_ups: int = WARM_UPS) -> float:
@@ -215,7 +215,8 @@ def median(run: Callable[[], object], runs: int, warm_ups: int = WARM_UPS) -> fl
 
 def peak_gib() -> float:
     """Largest memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # of bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from against import compare
-
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red apple"
 STARTS, RUNS, WARM_UPS = 3, 10, 2
@@ -41,6 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     if options.against:
+        from against import compare  # which needs a Unix
+
         finish(compare(options.preset, options.steps, options.runs), options.out)
         return
     engine = time_engine(options.preset, options.n)

@@ -72,6 +72,8 @@ def run_generate(options: argparse.Namespace) -> int:
         raise ValueError("give one of: a prompt, --prompts FILE, --again PNG")
     names = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.again is not None and (options.device or options.format):
+        raise ValueError("--again takes device and format from the picture; leave --device and --format out")
     if options.again is None:
         engine = DalleEngine.load(options.preset or "nano", form=options.format, device=options.device)
     else:

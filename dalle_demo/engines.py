@@ -92,14 +92,15 @@ class DalleEngine:
 
     @classmethod
     def like(cls, origin: Mapping[str, Any], preset: str | None = None) -> "DalleEngine":
-        """Engine that draws what `origin`, read from a picture, drew: its model, format and number of threads.
+        """Engine that draws what `origin`, read from a picture, drew: its model, device, format and number of threads.
 
         Raises ValueError when the weights at hand are other ones.
         """
         threads = origin.get("threads")
         if not isinstance(threads, int) or not 1 <= threads <= 1024:
             raise ValueError(f"the picture's settings name {threads!r} threads")
-        engine = cls.load(preset or str(origin.get("model")), threads, str(origin.get("format")))
+        place = {"form": str(origin.get("format")), "device": str(origin.get("device", "cpu"))}
+        engine = cls.load(preset or str(origin.get("model")), threads, **place)
         if engine.origin["weights"] != origin.get("weights"):
             raise ValueError(
                 f"the picture was drawn by other weights than these of {engine.name}; give --preset FOLDER"
@@ -119,6 +120,7 @@ class DalleEngine:
             "weights": self.model.sha256[:12],
             "steps": self.config.image_decoder.length,
             "format": self.format,
+            "device": self.device.type,
             "threads": self.threads,
         }
 
@@ -154,9 +156,9 @@ class DalleEngine:
             if stop.is_set():
                 return
         try:
-            torch.set_num_threads(self.threads)
             updates = self._draw(params, seeds, previews)
             while not stop.is_set():
+                torch.set_num_threads(self.threads)  # it holds for one thread, and each update may come from another
                 with torch.inference_mode():  # not held across yields: the mode belongs to a thread
                     update = next(updates, None)
                 if update is None:
@@ -175,18 +177,21 @@ class DalleEngine:
         ration, preview = Ration(self.config.vqgan.grid), []
         text = self._encode(params.prompt)
         step = self._guided_step(text, params.guidance_scale, params.n)
-        uniforms = draw_uniforms(seeds, length).to(self.device)
-        tokens = sample(step, uniforms, self.config.image_decoder.bos, params.temperature, params.top_k, params.top_p)
-        for count, so_far in enumerate(tokens, start=1):
+        uniforms = draw_uniforms(seeds, length)
+        drawn = sample(step, uniforms, self.config.image_decoder.bos, params.temperature, params.top_k, params.top_p)
+        for count, so_far in enumerate(drawn, start=1):
             if count == length:
                 break
             if previews and count % row == 0 and ration.allows(count // row):
                 start = time.monotonic()
-                preview = self._preview(so_far)
+                preview = [self._preview(tokens) for tokens in so_far]
                 ration.spend(count // row, time.monotonic() - start)
             yield Update(count, length, [] if count % row else preview, seeds)
-        del step, tokens  # with the cache, which decoding has better use for
-        yield Update(length, length, self._finish(so_far), seeds)
+        del step, drawn  # with the cache, which decoding has better use for
+        pictures = []
+        for tokens in so_far:  # one at a time: convolutions may round differently in another batch
+            pictures += to_pil(self._decode(tokens))
+            yield Update(length, length, pictures if len(pictures) == params.n else [], seeds)
 
     def _encode(self, prompt: str) -> tuple[Float[Tensor, "1 T D"], Bool[Tensor, "1 T"]]:
         ids = self.model.tokenizer.batch([prompt], self.config.text_encoder.length).to(self.device)
@@ -202,23 +207,19 @@ class DalleEngine:
         cache = decoder.prefill(*_stack(prompts), n)
 
         def step(image_tokens: Tensor, position: int) -> Tensor:
-            logits = decoder.step(image_tokens.repeat(len(prompts)), position, cache)[:, :codes]
+            logits = decoder.step(image_tokens.repeat(len(prompts)).to(self.device), position, cache)[:, :codes]
             return logits if len(prompts) == 1 else guide(*logits.float().chunk(2), scale)
 
         return step
 
-    def _preview(self, tokens: Int[Tensor, "B M"]) -> list[Image.Image]:
-        """Pictures of the rows that are finished, white below."""
+    def _preview(self, tokens: Int[Tensor, " M"]) -> Image.Image:
+        """Picture of the rows that are finished, white below."""
         pixels = self._decode(tokens)
-        return to_pil(F.pad(pixels, (0, 0, 0, self.config.vqgan.image_size - pixels.shape[2]), value=1.0))
+        return to_pil(F.pad(pixels, (0, 0, 0, self.config.vqgan.image_size - pixels.shape[2]), value=1.0))[0]
 
-    def _finish(self, tokens: Int[Tensor, "B N"]) -> list[Image.Image]:
-        """Decode one picture at a time, since convolutions may round differently in another batch."""
-        return [picture for row in tokens for picture in to_pil(self._decode(row[None]))]
-
-    def _decode(self, tokens: Int[Tensor, "B M"]) -> Float[Tensor, "B 3 H W"]:
-        latents = self.model.vqgan.lookup(tokens.unflatten(1, (-1, self.config.vqgan.grid)))
-        return self.model.vqgan.decode(latents.to(pixel_type(self.format)))
+    def _decode(self, tokens: Int[Tensor, " M"]) -> Float[Tensor, "1 3 H W"]:
+        grid = tokens.view(1, -1, self.config.vqgan.grid).to(self.device)
+        return self.model.vqgan.decode(self.model.vqgan.lookup(grid).to(pixel_type(self.format)))
 
 
 class Ration:

@@ -40,7 +40,7 @@ def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1
 
 def choose(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """Inverse CDF: the first token whose cumulative probability exceeds the uniform number."""
-    cdf = logits.softmax(-1).double().cumsum(-1)
+    cdf = logits.softmax(-1).to("cpu", torch.float64).cumsum(-1)  # not every device has float64
     target = uniforms.double()[:, None] * cdf[:, -1:]  # scaled, so that rounding cannot leave the last token behind
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
@@ -64,8 +64,8 @@ def sample(
         top_p: see `filter_logits`.
     """
     batch, length = uniforms.shape
-    tokens = torch.empty(batch, length, dtype=torch.long, device=uniforms.device)
-    previous = torch.full((batch,), bos, device=uniforms.device)
+    tokens = torch.empty(batch, length, dtype=torch.long)
+    previous = torch.full((batch,), bos)
     for position in range(length):
         logits = step(previous, position).float() / temperature
         previous = choose(filter_logits(logits, top_k, top_p), uniforms[:, position])

@@ -19,7 +19,7 @@ def nano_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def engine(nano_folder):
     """Engine on the tiny model, in fp32 whatever the processor: what is promised to the bit is promised for fp32."""
-    return DalleEngine.load(str(nano_folder), form="float32")
+    return DalleEngine.load(str(nano_folder), form="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -136,21 +136,25 @@ def reference(engine: DalleEngine, params: GenerateParams, seed: int) -> torch.T
 @pytest.mark.parametrize("prompt", [PROMPT, "一只小狗"])
 def test_draws_what_an_independent_slow_sampler_draws(engine, monkeypatch, settings, prompt):
     params = GenerateParams(prompt, n=2, seed=11, **settings)
-    decoded = []
-    blank = [Image.new("RGB", (1, 1))] * 2
-    monkeypatch.setattr(engine, "_finish", lambda tokens: decoded.append(tokens.clone()) or blank)
-    finish(engine, params)
-    for i, tokens in enumerate(decoded[0]):
+    decoded = spy_on_decoding(engine, monkeypatch)
+    list(engine.generate(params, previews=False))
+    assert len(decoded) == 2
+    for i, tokens in enumerate(decoded):
         assert torch.equal(tokens, reference(engine, params, 11 + i))
 
 
+def spy_on_decoding(engine: DalleEngine, monkeypatch) -> list[torch.Tensor]:
+    """Tokens of every picture that is decoded from here on."""
+    decoded, original = [], engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda tokens: decoded.append(tokens.clone()) or original(tokens))
+    return decoded
+
+
 def test_pictures_are_the_decoded_tokens(engine, monkeypatch):
-    tokens = []
-    original = engine._finish
-    monkeypatch.setattr(engine, "_finish", lambda found: tokens.append(found.clone()) or original(found))
-    last = finish(engine, GenerateParams(PROMPT, n=2, seed=3))
+    tokens = spy_on_decoding(engine, monkeypatch)
+    (last,) = engine.generate(GenerateParams(PROMPT, n=2, seed=3), previews=False)
     vqgan, vqgan_grid = engine.model.vqgan, engine.config.vqgan.grid
-    for picture, row in zip(last.images, tokens[0], strict=True):
+    for picture, row in zip(last.images, tokens, strict=True):
         assert picture.tobytes() == to_pil(vqgan.decode(vqgan.lookup(row.view(1, vqgan_grid, vqgan_grid))))[0].tobytes()
 
 
@@ -239,6 +243,38 @@ def test_stop_is_seen_between_updates(engine, monkeypatch):
     monkeypatch.setattr(decoder, "step", step)
     assert list(engine.generate(GenerateParams(PROMPT, n=1, seed=1), stop)) == []
     assert len(positions) <= 3
+
+
+def test_stop_is_seen_between_pictures(engine, monkeypatch):
+    """Decoding one of a large model takes seconds as well."""
+    stop, decoded, original = threading.Event(), [], engine._decode
+
+    def decode(tokens):
+        decoded.append(tokens)
+        stop.set()
+        return original(tokens)
+
+    monkeypatch.setattr(engine, "_decode", decode)
+    assert list(engine.generate(GenerateParams(PROMPT, n=4, seed=1), stop, previews=False)) == []
+    assert len(decoded) == 1
+
+
+def test_each_update_is_made_with_the_engines_threads(engine):
+    """A number of threads holds for one thread of Python, and a server asks for each update from another."""
+    seen = []
+    updates = engine.generate(GenerateParams(PROMPT, n=1, seed=1))
+
+    def ask():
+        torch.set_num_threads(engine.threads + 1)
+        next(updates)
+        seen.append(torch.get_num_threads())
+
+    for _ in range(2):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    updates.close()
+    assert seen == [engine.threads] * 2
 
 
 def test_closing_the_iterator_frees_the_lock(engine, spy):

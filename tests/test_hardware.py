@@ -14,7 +14,7 @@ from dalle_demo import hardware
 from dalle_demo.config import PRESETS
 from dalle_demo.models.packed import HalfEmbedding, PackedLinear, pack
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder, fill_up
-from dalle_demo.sampling import guide, sample
+from dalle_demo.sampling import filter_logits, guide
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -82,6 +82,16 @@ def test_takes_the_fastest_format(monkeypatch, fastest):
     assert hardware.fastest_format(SIZES, CPU) == fastest
 
 
+def test_a_small_difference_changes_no_format(monkeypatch):
+    monkeypatch.setattr(hardware, "can_pack", lambda: True)
+    seconds = {"float16": 1.2, "float32": 1.0, "bfloat16": 1.1}
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "seconds_per_step", lambda decoder, form, device: seconds[form])
+    assert hardware.fastest_format(SIZES, CPU) == "float16"
+    seconds["bfloat16"] = 0.5
+    assert hardware.fastest_format(SIZES, CPU) == "bfloat16"
+
+
 def test_bf16_is_no_choice_where_it_is_emulated(monkeypatch):
     monkeypatch.setattr(hardware, "has_native_bf16", lambda: False)
     assert "bfloat16" not in hardware.formats(CPU)
@@ -108,15 +118,12 @@ def test_a_step_stays_on_its_device_and_in_its_type():
     text = torch.zeros(2, 5, SIZES.text_width, dtype=torch.float16, device=meta)
     cache = decoder.prefill(text, torch.ones(2, 5, dtype=torch.bool, device=meta), 3)
 
-    def step(tokens: torch.Tensor, position: int) -> torch.Tensor:
-        logits = decoder.step(tokens.repeat(2), position, cache)
+    for position in range(3):
+        logits = decoder.step(torch.zeros(6, dtype=torch.long, device=meta), position, cache)
+        assert logits.shape == (6, SIZES.vocab_size)
         assert logits.device == meta
         assert logits.dtype == torch.float16
-        return guide(*logits.float().chunk(2), 3.0)
-
-    *_, tokens = sample(step, torch.rand(3, SIZES.length, device=meta), SIZES.bos, 0.9, 8, 0.9)
-    assert tokens.shape == (3, SIZES.length)
-    assert tokens.device == meta
+        assert filter_logits(guide(*logits.float().chunk(2), 3.0), 8, 0.9).device == meta
 
 
 def test_names_the_devices_that_are_here():
@@ -139,16 +146,21 @@ assert len({{picture.tobytes() for picture in last.images}}) == 2
 print(engine.format)
 """
     environment = os.environ | capped
+    expected = {"float32"} if "FBGEMM" in capped else set(hardware.FORMATS)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in hardware.FORMATS
+    assert done.stdout.strip() in expected | ({"bfloat16"} if hardware.has_native_bf16() else set())
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_estimates_grow_with_the_model(preset):
-    """What DALL-E Mini and Mega take was measured: 1.2 and 3.9 GiB of weights and activations, and they take longer."""
-    memory = hardware.memory_needed(PRESETS[preset]) / 2**30
-    assert {"nano": 0.3, "mini": 1.0, "mega": 4.0}[preset] < memory < {"nano": 0.5, "mini": 2.0, "mega": 12.0}[preset]
+@pytest.mark.parametrize(("preset", "weights"), [("nano", 0.03), ("mini", 0.61), ("mega", 2.93)])
+def test_estimates_the_memory_of_a_model(monkeypatch, preset, weights):
+    """In GiB: fp16 Transformer and fp32 VQGAN, as published; and room for 16 guided pictures."""
+    monkeypatch.setattr(hardware, "can_pack", lambda: True)
+    sizes = PRESETS[preset].image_decoder
+    assert hardware.weight_memory(PRESETS[preset]) / 2**30 == pytest.approx(weights, abs=0.01)
+    cache = 32 * 2 * 4 * sizes.layers * sizes.length * sizes.width
+    rest = hardware.memory_needed(PRESETS[preset]) - hardware.weight_memory(PRESETS[preset]) - cache
+    assert 0.3 < rest / 2**30 < 1.1
 
 
 def test_estimates_the_time_of_a_picture(monkeypatch):
