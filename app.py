@@ -21,10 +21,13 @@ def main() -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             serve(args)
-        except (ValueError, OSError) as error:  # weights that cannot be used, a port that is taken
-            print(error, file=sys.stderr)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:  # weights, a taken port, a graphics card
+            print(str(error) or "there is not enough memory", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if stop.args:  # of a download, which has something to say
+                print(stop, file=sys.stderr)
+                sys.exit(2)
             sys.exit(0)
 
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dalle_demo.config import SOURCES, GenerateParams, ParamError, is_whole
+from dalle_demo.config import PRESETS, SOURCES, GenerateParams, ParamError, is_whole
 
 if TYPE_CHECKING:
     from dalle_demo.engines import DalleEngine
@@ -156,11 +156,13 @@ def add_train(command: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage."""
-    from dalle_demo.config import PRESETS
     from dalle_demo.training import loop, stages
 
     if options.preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}")
+    if not PRESETS[options.preset].vqgan.encoder:
+        able = ", ".join(name for name, config in PRESETS.items() if config.vqgan.encoder)
+        raise ValueError(f"{options.preset} cannot be trained, its VQGAN has no encoder for pictures: choose {able}")
     plan = loop.Plan(
         batch=BATCHES[options.stage] if options.batch is None else options.batch,
         learning_rate=LEARNING_RATES[options.stage] if options.learning_rate is None else options.learning_rate,
@@ -189,8 +191,10 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     pull = actions.add_parser("pull", help="fetch weights from the Hugging Face Hub")
     pull.add_argument("name", help=f"{', '.join(SOURCES)}, or user/name of a repository in the format of this program")
     pull.add_argument("--revision", metavar="HEX", help="commit to fetch, 40 digits (default: main)")
-    pull.add_argument("--update", action="store_true", help="replace what is here by what main is now")
-    pull.set_defaults(run=lambda options: print(fetch(options.name, options.update, options.revision)))
+    pull.add_argument(
+        "--update", action="store_true", help="replace what is here, if it is not what main is now or is damaged"
+    )
+    pull.set_defaults(run=run_pull)
     convert = actions.add_parser("convert", help="convert files that are on the disk")
     convert.add_argument("folder", type=Path, help="folder with the files, under the names that `pull` gives them")
     convert.add_argument("--form", choices=["min-dalle", "flax"], required=True)
@@ -211,12 +215,26 @@ def run_list(options: argparse.Namespace) -> None:
     for entry in repos.listing():
         size = f"{entry.size / 1e9:.2f} GB" if entry.size >= 1e7 else f"{entry.size / 1e6:.2f} MB"
         size = size if entry.size else "unknown"
-        state = entry.folder or f"not here: python -m dalle_demo weights pull {entry.name}"
+        command = f"python -m dalle_demo weights pull {entry.name}"
+        state = entry.folder or f"not here: {command if repos.can_pull(entry.name) else 'only a checkout has it'}"
         origin = entry.repo or "part of this checkout"
         commit = f" {entry.commit[:12]}" if entry.commit else ""
         print(f"{entry.name:12} {size:>8}  {entry.licence:15} {origin}{commit}  {state}")
-        if options.check and entry.commit and (now := hub.head(entry.repo)) != entry.commit:
-            print(f"{'':12} {entry.repo} has moved on to {now[:12]}: weights pull {entry.name} --update follows")
+        if options.check and entry.commit:
+            try:
+                now = hub.head(entry.repo)
+            except hub.HubError as error:  # of this one; the next may be there
+                print(f"{'':12} {error}")
+                continue
+            if now != entry.commit:
+                print(f"{'':12} {entry.repo} has moved on to {now[:12]}: weights pull {entry.name} --update follows")
+
+
+def run_pull(options: argparse.Namespace) -> None:
+    """Fetch weights and print where they are; weights that this machine cannot load now may be for another."""
+    if shortage := memory_shortage(options.name):
+        print(f"warning: {shortage}", file=sys.stderr)
+    print(fetch(options.name, options.update, options.revision))
 
 
 def ensure(name: str) -> str:
@@ -228,9 +246,21 @@ def ensure(name: str) -> str:
     except weights.WeightsError:
         if not repos.can_pull(name):
             raise
+        if shortage := memory_shortage(name):
+            raise ValueError(f"{shortage}: close other programs, or choose a smaller model") from None
         print(f"{name} is not here: fetching it from the Hugging Face Hub", file=sys.stderr)
         fetch(name)
     return name
+
+
+def memory_shortage(name: str) -> str | None:
+    """What to say of a preset that takes more memory than is free; of anything else, None."""
+    from dalle_demo import hardware, shelf
+
+    preset, free = SOURCES[name].preset or name if name in SOURCES else name, shelf.free_memory()
+    if preset not in PRESETS or free is None or (needed := hardware.memory_needed(PRESETS[preset])) <= free:
+        return None
+    return f"{name} needs {needed / 1e9:.1f} GB of memory to draw, and {free / 1e9:.1f} GB are free"
 
 
 def fetch(name: str, update: bool = False, revision: str | None = None) -> Path:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2  # the client of huggingface_hub, which decides on its version
@@ -37,6 +37,7 @@ STOPPED = f"stopped; {AGAIN}"
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+UNREACHED = (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL)
 
 
 class HubError(ValueError):
@@ -143,7 +144,8 @@ def upload(folder: Path, repo: str, patterns: list[str], private: bool) -> str:
     except HubError:
         raise
     except Exception as error:
-        raise _explain(error, repo, "write to") from None
+        sent = error.__cause__ if type(error) is RuntimeError else None  # what failed while a large file was sent
+        raise _explain(sent or error, repo, "write to") from None
     return f"{_endpoint()}/{repo}"
 
 
@@ -225,7 +227,10 @@ def _resolve(source: Source) -> Lock:
         if (found := there.get(remote.path)) is None:
             if not remote.needed:
                 continue
-            raise HubError(f"{source.repo} has no file {remote.path} at commit {info['sha']}")
+            raise HubError(
+                f"{source.repo} has no file {remote.path} at commit {info['sha']}, so it cannot be used: give the "
+                "commit of another with --revision, or another repository"
+            )
         large = found.get("lfs") or {}
         size = large.get("size", found["size"])
         if remote.size is not None and not remote.size <= size <= remote.size + SLACK:
@@ -253,9 +258,7 @@ def _receive(lock: Lock, name: str, folder: Path, report: Callable[[int], None],
         failure = HubError(f"{file.path} of {lock.repo} arrives truncated: {AGAIN}")
         try:
             _append(url, part, file.size, report, stop)
-        except StoppedError:
-            raise
-        except Exception as error:
+        except (HubError, OSError, *UNREACHED) as error:
             failure = _explain(error, lock.repo, "read", folder)
             if not _may_pass(error):
                 raise failure from None
@@ -271,21 +274,26 @@ def _append(url: str, part: Path, size: int, report: Callable[[int], None], stop
     """One connection's worth of a file; a part that does not fit is emptied."""
     with part.open("ab") as file:
         if file.tell() > size:
-            file.truncate(0)
+            _shorten(file, 0)
         try:
             with contextlib.closing(_attended(_stream(url, file.tell()), stop)) as answer:
-                file.truncate(next(answer))
+                _shorten(file, next(answer))
                 for chunk in answer:
                     file.write(chunk)
                     report(min(file.tell(), size))
                     if file.tell() > size:
-                        file.truncate(0)
+                        _shorten(file, 0)
                         raise HubError(f"{part.stem} is longer on the Hub than it announces: try again later")
         except errors.HfHubHTTPError as error:
             if error.response.status_code != 416:
                 raise
-            file.truncate(0)  # the Hub has nothing after this part
+            _shorten(file, 0)  # the Hub has nothing after this part
         os.fsync(file.fileno())
+
+
+def _shorten(file: BinaryIO, size: int) -> None:
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)  # `tell` would go on to count what is gone
 
 
 def _stream(url: str, offset: int) -> Iterator:
@@ -369,14 +377,17 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _explain(error: Exception, repo: str, verb: str, folder: Path | None = None) -> HubError:
-    """One sentence for what went wrong; messages of the libraries hold addresses, which can hold secrets."""
+    """One sentence for what went wrong; messages of the libraries hold addresses, which can hold secrets.
+
+    Raises whatever is neither of the network, nor of the disk, nor of reading an answer: that is a fault of a program.
+    """
     if isinstance(error, HubError):
         return error
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError(f"HF_HUB_OFFLINE is set, so {repo} cannot be reached: unset it to {verb} the Hub")
     if isinstance(error, errors.HfHubHTTPError):
         return HubError(_explain_status(error, repo, verb))
-    if isinstance(error, httpx2.HTTPError | httpx2.StreamError):
+    if isinstance(error, UNREACHED):
         where = urlsplit(_endpoint()).hostname
         return HubError(f"cannot reach the Hub at {where} ({type(error).__name__}): check the connection, then {AGAIN}")
     if isinstance(error, OSError):
@@ -385,7 +396,12 @@ def _explain(error: Exception, repo: str, verb: str, folder: Path | None = None)
         return HubError(f"{error.filename or repo}: {error.strerror or type(error).__name__}")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{repo!r} is no name of a repository: write user/name")
-    return HubError(f"{urlsplit(_endpoint()).hostname} does not answer as the Hub does ({type(error).__name__})")
+    if isinstance(error, KeyError | TypeError | ValueError | AttributeError):  # of an answer with another content
+        return HubError(
+            f"{urlsplit(_endpoint()).hostname} does not answer as the Hub does ({type(error).__name__}): check the "
+            "connection, which may ask you to sign in, and HF_ENDPOINT if it is set"
+        )
+    raise error
 
 
 def _explain_status(error: errors.HfHubHTTPError, repo: str, verb: str) -> str:
@@ -403,7 +419,7 @@ def _explain_status(error: errors.HfHubHTTPError, repo: str, verb: str) -> str:
         return f"{repo} lacks a file that it listed ({status}): pull it again with --update"
     if status == 429 or status >= 500:
         return f"the Hub cannot serve {repo} just now ({status}): try again later, {AGAIN}"
-    return f"the Hub answers {status} for {repo}"
+    return f"the Hub answers {status} for {repo}, which this program does not understand: try again later, {AGAIN}"
 
 
 def _check_room(folder: Path, needed: int) -> None:

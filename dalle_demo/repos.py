@@ -1,5 +1,6 @@
 """name -> weights on the Hugging Face Hub: fetched, converted into our format, listed, and published."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from dalle_demo import hub, weights
 from dalle_demo.config import PARTS, PRESETS, SOURCES, RemoteFile, Source
-from dalle_demo.weights import REPO, WeightsError, find, load_dalle, pulled, save_tensors, stored_config
+from dalle_demo.weights import REPO, WeightsError, find, load_dalle, pulled, save_tensors
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 
@@ -25,7 +26,8 @@ def pull(
     """Folder with the weights of a preset, or of a repository `user/name` of our format, fetched if they are not here.
 
     Weights that are here are left alone, and the network too, unless `update` asks for what `main` is now or `revision`
-    for a certain commit. A call that was stopped or killed leaves nothing that loads; the next one goes on.
+    for a certain commit; both also replace what is here and does not load. A call that was stopped or killed leaves
+    nothing that loads; the next one goes on.
 
     Args:
         report: called with the bytes that are here and those of the whole download.
@@ -45,10 +47,10 @@ def pull(
             if not _is_pulled(folder, wanted):  # by another, in the meantime
                 hub.download(dataclasses.replace(source, revision=wanted or source.revision), raw, report, stop)
                 if source.form == "dalle_demo":
-                    stored_config(raw, "image_decoder")
+                    _check(raw, name)
                     _put(raw, folder)
                 else:
-                    convert_folder(raw, source.form, name, folder)
+                    convert_folder(raw, source.form, name, folder, stop)
                     shutil.rmtree(raw)
     return folder
 
@@ -67,12 +69,17 @@ def source_of(name: str) -> Source:
     raise WeightsError(f"{name!r} cannot be fetched: give one of {', '.join(SOURCES)}, or a repository as user/name")
 
 
-def convert_folder(folder: Path, form: str, preset: str, out: Path) -> None:
-    """Write files of another program as a checkpoint folder of ours, which takes its place once it is whole."""
+def convert_folder(folder: Path, form: str, preset: str, out: Path, stop: threading.Event | None = None) -> None:
+    """Write files of another program as a checkpoint folder of ours, which takes its place once it is whole.
+
+    Raises hub.StoppedError between its steps, some of which take a minute, when `stop` is set.
+    """
     from dalle_demo.convert import convert  # the only caller; loading weights must not wait for it
 
-    converted = convert(folder, form, PRESETS[SOURCES[preset].preset or preset])
     partial = out.with_name(f".{out.name}.part")
+    _heed(stop, partial)
+    converted = convert(folder, form, PRESETS[SOURCES[preset].preset or preset])
+    _heed(stop, partial)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     converted.tokenizer.save(partial / "tokenizer.json")
@@ -81,9 +88,18 @@ def convert_folder(folder: Path, form: str, preset: str, out: Path) -> None:
     extra = {"defaults": config.defaults}
     save_tensors(partial, configs, converted.tensors, partial / "tokenizer.json", **extra)
     (partial / "README.md").write_text(_card(preset, form, folder), encoding="utf-8")
-    if (folder / hub.LOCK).exists():
-        shutil.copyfile(folder / hub.LOCK, partial / hub.LOCK)
+    for lock, name in ((folder / hub.LOCK, hub.LOCK), (folder / "vqgan" / hub.LOCK, f"vqgan-{hub.LOCK}")):
+        if lock.exists():
+            shutil.copyfile(lock, partial / name)
+    _heed(stop, partial)
     _put(partial, out)
+
+
+def _heed(stop: threading.Event | None, partial: Path) -> None:
+    """Raise hub.StoppedError when `stop` is set, and leave nothing of what was being made."""
+    if stop is not None and stop.is_set():
+        shutil.rmtree(partial, ignore_errors=True)
+        raise hub.StoppedError(hub.STOPPED)
 
 
 def push(name: str, repo: str, private: bool = False) -> str:
@@ -92,7 +108,7 @@ def push(name: str, repo: str, private: bool = False) -> str:
     load_dalle(str(folder))
     if not (folder / "README.md").exists():
         raise WeightsError(f"{folder / 'README.md'} is missing: write the model card first, it is what people read")
-    return hub.upload(folder, repo, [*FILES, "*.png"], private)
+    return hub.upload(folder, repo, [*FILES, "samples.png"], private)
 
 
 @dataclass(frozen=True)
@@ -112,25 +128,52 @@ def listing() -> list[Listed]:
     models = pulled(".")
     folders = [path.parent for depth in ("*", "*/*") for path in sorted(models.glob(f"{depth}/config.json"))]
     names = [folder.relative_to(models).as_posix() for folder in folders if not folder.name.startswith(".")]
-    return [_listed(name) for name in dict.fromkeys([*PRESETS, *SOURCES, *names])]
+    return [listed(name) for name in dict.fromkeys([*PRESETS, *SOURCES, *names])]
 
 
-def _listed(name: str) -> Listed:
+def listed(name: str) -> Listed:
+    """What there is to know of one of these names."""
     source = SOURCES.get(name)
     folder = next((one for one in (weights.SHIPPED / name, pulled(name)) if (one / "config.json").exists()), None)
-    if folder is None:
-        size = sum(file.size or 0 for file in source.files.values()) if source else 0
-        return Listed(name, None, size, source.licence if source else "", source.repo if source else None, None)
-    lock, size = hub.read_lock(folder), sum(path.stat().st_size for path in folder.iterdir())
-    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else ""
+    if folder is not None:
+        with contextlib.suppress(OSError):  # gone: another process is putting other weights in its place
+            return _listed_here(name, folder)
+    size = sum(file.size or 0 for file in source.files.values()) if source else 0
+    return Listed(name, None, size, source.licence if source else "", source.repo if source else None, None)
+
+
+def _listed_here(name: str, folder: Path) -> Listed:
+    lock, size, readme = (
+        hub.read_lock(folder),
+        sum(path.stat().st_size for path in folder.iterdir()),
+        folder / "README.md",
+    )
+    card = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""  # the words of anybody
     found = re.findall(r"^license(?:_name)?: *(\S+)$", card, re.MULTILINE)  # the name follows `other`
     return Listed(name, folder, size, found[-1] if found else "", lock and lock.repo, lock and lock.commit)
 
 
 def _is_pulled(folder: Path, commit: str | None) -> bool:
-    """Whether weights are here, of a certain commit if one is given."""
+    """Whether weights are here; of a certain commit, if one is given, and fit to be loaded."""
+    if commit is None:
+        return (folder / "config.json").exists()
     lock = hub.read_lock(folder)
-    return (folder / "config.json").exists() and (commit is None or (lock is not None and lock.commit == commit))
+    if lock is None or lock.commit != commit:
+        return False
+    try:
+        load_dalle(str(folder))
+    except WeightsError:
+        return False
+    return True
+
+
+def _check(folder: Path, name: str) -> None:
+    """Raise WeightsError for files of a repository that do not load although they are what it holds."""
+    try:
+        load_dalle(str(folder))
+    except WeightsError as error:
+        update = f"`python -m dalle_demo weights pull {name} --update`"
+        raise WeightsError(f"{error}; so it is in {name}: once that is mended there, {update} fetches it") from error
 
 
 def _put(made: Path, folder: Path) -> None:

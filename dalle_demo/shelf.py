@@ -4,6 +4,7 @@ A request borrows the engine of its model with `lend`; `fetch` brings a model th
 """
 
 import gc
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -11,16 +12,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle_demo import hardware, hub, repos
+from dalle_demo import hardware, hub, repos, weights
 from dalle_demo.config import PRESETS, SOURCES, DalleConfig
 from dalle_demo.engines import DalleEngine
 
 TICK = 0.25  # seconds between two looks at a download, and the longest that it takes to cancel one
 ENDING = 5.0  # seconds that a new download waits for a cancelled one to end
+CGROUP = Path("/sys/fs/cgroup")  # of a container: what it may take, and takes
+
+log = logging.getLogger(__name__)
 
 
 class ShelfError(ValueError):
-    """A model that cannot be had; the message says why."""
+    """A model that cannot be had; the message says why, and is for visitors: it names no folder of the server.
+
+    Its cause may.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,17 +49,31 @@ class Entry:
         return self.room is None or self.memory <= self.room
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a model takes, which takes seconds to find out."""
+
+    memory: int
+    weights: int  # the part of it that is free once another model is loaded
+    seconds: float
+
+    @classmethod
+    def of(cls, config: DalleConfig) -> "Estimate":
+        """Estimate for this machine."""
+        return cls(hardware.memory_needed(config), hardware.weight_memory(config), hardware.seconds_per_image(config))
+
+
 class Shelf:
     """The models that a server can draw with; may be used from many threads.
 
     Args:
         preset: preset or folder of the model that is loaded at once, and meant where a request names none.
         offline: leave out models that would have to be downloaded.
-        load: preset or folder -> engine.
+        load: preset or folder -> engine; takes `form` and `threads` as DalleEngine.load does.
     """
 
     def __init__(
-        self, preset: str = "nano", offline: bool = False, load: Callable[[str], DalleEngine] = DalleEngine.load
+        self, preset: str = "nano", offline: bool = False, load: Callable[..., DalleEngine] = DalleEngine.load
     ):
         self._load_engine = load
         self._offline = offline
@@ -62,18 +83,26 @@ class Shelf:
         self._presets = {self.home: preset} | {name: name for name in PRESETS if name != self.home}
         self._configs = PRESETS | {self.home: self._engine.config}
         self._facts = {self.home: _facts(self._engine)}
-        self._seconds: dict[str, float] = {}
+        self._estimates: dict[str, Estimate] = {}
+        self._estimating = threading.Lock()
         self._download: Download | None = None
         self._door = threading.Lock()  # of who comes to a download and who leaves
 
     def models(self) -> list[Entry]:
         """Models that are here, and those that could be downloaded."""
-        entries = [self._entry(name) for name in self._presets]
-        return [entry for entry in entries if entry.here or (entry.name in SOURCES and not self._offline)]
+        return [self._entry(name) for name in self.names()]
+
+    def names(self) -> list[str]:
+        """Names of these models, for which nothing has to be estimated."""
+        return [name for name in self._presets if self._files(name).folder or (name in SOURCES and not self._offline)]
 
     def find(self, name: str) -> Entry | None:
         """Entry of that name, if there is one."""
-        return next((entry for entry in self.models() if entry.name == name), None)
+        return self._entry(name) if name in self.names() else None
+
+    def defaults(self, name: str) -> dict[str, float]:
+        """Settings that a model is served with."""
+        return self._configs[name].defaults
 
     def facts(self, name: str) -> tuple[str, int] | None:
         """Number format and processor threads that a model last ran with, if it did."""
@@ -81,7 +110,7 @@ class Shelf:
 
     @contextmanager
     def lend(self, name: str, stop: threading.Event) -> Iterator[DalleEngine | None]:
-        """Engine of a model for the length of one request; None when `stop` is set while others draw.
+        """Engine of a model for the length of one request; None when `stop` is set before its turn.
 
         Where another model is loaded it is freed first. Raises ShelfError when the wanted one cannot be loaded; then
         none is, and the next request loads its own.
@@ -91,6 +120,9 @@ class Shelf:
                 yield None
                 return
         try:
+            if stop.is_set():
+                yield None
+                return
             if name != self.loaded:
                 self._swap(name)
             yield self._engine
@@ -112,7 +144,7 @@ class Shelf:
             with self._door:
                 download.leave()
         if not cancel.is_set() and download.error is not None:
-            raise ShelfError(str(download.error)) from download.error
+            raise self._failure(name, download.error) from download.error
 
     def fetching(self) -> str | None:
         """Name of the model that is being downloaded, for whomever."""
@@ -122,64 +154,93 @@ class Shelf:
     def _swap(self, name: str) -> None:
         entry = self._entry(name)
         if not entry.fits:
-            raise ShelfError(f"{name} needs {entry.memory:,} bytes of memory, and only {entry.room:,} are free")
+            raise ShelfError(_too_big(entry))
         self._engine = self.loaded = None
         gc.collect()  # before the next one is read: the two may not fit beside each other
+        former = self._facts.get(name)  # measured again they may be others, which draw other pictures
+        measured = {} if former is None else {"form": former[0], "threads": former[1]}
         try:
-            self._engine = self._load_engine(self._presets[name])
+            self._engine = self._load_engine(self._presets[name], **measured)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's want of memory is a RuntimeError
-            raise ShelfError(str(error) or "there is not enough memory") from error
+            raise self._failure(name, error) from error
         self.loaded = name
-        self._configs[name] = self._engine.config
+        if self._configs[name] != self._engine.config:
+            self._configs[name] = self._engine.config
+            self._estimates.pop(name, None)
         self._facts[name] = _facts(self._engine)
+
+    def _failure(self, name: str, error: Exception) -> ShelfError:
+        """What visitors are told of an error, without the folders in which the server keeps its files."""
+        if isinstance(error, ValueError):
+            sentence = str(error)
+            for folder in (Path(self._presets[name]), hub.cache_root(), weights.SHIPPED):
+                if folder.name and folder != Path(name):
+                    sentence = sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
+        elif isinstance(error, OSError):
+            sentence = error.strerror or "a file cannot be read or written; the server's log names it"
+        elif isinstance(error, MemoryError | RuntimeError):
+            sentence = str(error) or "there is not enough memory: close other programs or use a larger computer"
+        else:
+            sentence = f"an error of this program, {type(error).__name__}, which its log describes; please report it"
+        return ShelfError(sentence)
 
     def _join(self, name: str) -> "Download":
         """The download of that name, which begins unless it is under way."""
+        former = self._download
+        if former is not None and former.stop.is_set():
+            former.thread.join(ENDING)
         with self._door:
             other = self._download
-            if other is not None and other.stop.is_set():
-                other.thread.join(ENDING)
             if self.fetching() == name and not other.stop.is_set():
                 other.waiting += 1
                 return other
             if self.fetching():
-                raise ShelfError(f"{other.name} is being downloaded, and one model at a time is; try again later")
+                ending = f"the download of {other.name} is just ending; try again in a moment"
+                busy = f"{other.name} is being downloaded, and one model at a time is; try again later"
+                raise ShelfError(ending if other.stop.is_set() else busy)
             entry = self.find(name)
-            if entry is None or name not in SOURCES or not entry.fits:
-                raise ShelfError(f"{name} is not offered for download")
+            if entry is None or name not in SOURCES:
+                known = ", ".join(known for known in self.names() if known in SOURCES) or "none, without a network"
+                raise ShelfError(f"there is no {name} to download here; there is: {known}")
+            if not entry.fits:
+                raise ShelfError(_too_big(entry))
             self._download = Download(name)
             return self._download
 
     def _entry(self, name: str) -> Entry:
-        config, files = self._configs[name], self._files(name)
+        files, estimate = self._files(name), self._estimate(name)
         return Entry(
             name,
             here=files.folder is not None,
             size=files.size,
-            memory=hardware.memory_needed(config),
+            memory=estimate.memory,
             room=self._room(),
-            seconds=self._seconds_per_image(name, config),
+            seconds=estimate.seconds,
             licence=files.licence or (SOURCES[name].licence if name in SOURCES else ""),
-            defaults=config.defaults,
+            defaults=self.defaults(name),
         )
 
     def _files(self, name: str) -> repos.Listed:
         """What is known of a model's files, which may be a folder of the user's."""
         preset = self._presets[name]
-        known = (files for files in repos.listing() if preset in (files.name, str(files.folder)))
-        return next(known, repos.Listed(name, Path(preset), 0, "", None, None))
+        if preset in PRESETS or preset in SOURCES:
+            return repos.listed(preset)
+        files = repos.listed(str(Path(preset).absolute()) if Path(preset).exists() else preset)
+        return files if files.folder else repos.Listed(name, Path(preset), 0, "", None, None)
 
     def _room(self) -> int | None:
         """Bytes that a model could take once the loaded one is freed."""
         free, loaded = free_memory(), self.loaded
         if free is None or loaded is None:
             return free
-        return free + hardware.memory_needed(self._configs[loaded])
+        limit, room = memory_limit(), free + self._estimate(loaded).weights
+        return room if limit is None else min(room, limit)
 
-    def _seconds_per_image(self, name: str, config: DalleConfig) -> float:
-        if name not in self._seconds:
-            self._seconds[name] = hardware.seconds_per_image(config)
-        return self._seconds[name]
+    def _estimate(self, name: str) -> Estimate:
+        with self._estimating:  # once, even when many ask at first
+            if name not in self._estimates:
+                self._estimates[name] = Estimate.of(self._configs[name])
+            return self._estimates[name]
 
 
 class Download:
@@ -207,6 +268,8 @@ class Download:
             pass
         except Exception as error:  # raised again where somebody waits for it
             self.error = error
+            if not isinstance(error, ValueError | OSError):
+                log.exception("download of %s", self.name)
 
     def _report(self, done: int, total: int) -> None:
         self.progress = (done, total)
@@ -215,17 +278,41 @@ class Download:
 def free_memory() -> int | None:
     """Bytes of memory that a model could take now; of a container, what it is allowed. None where unknown."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
+        free = _counts(Path("/proc/meminfo"))["MemAvailable"]
     except (OSError, ValueError, KeyError):
-        try:  # all there is, where nothing says what is free
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):
-            return None
+        return memory_limit()  # all there is, where nothing says what is free
     try:
-        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no container, or one without a limit, which reads "max"
+        limit, taken = (int((CGROUP / f"memory.{kind}").read_text(encoding="ascii")) for kind in ("max", "current"))
+        cached = _counts(CGROUP / "memory.stat")  # files in memory, which yield to a model
+        return min(free, max(0, limit - taken + cached["active_file"] + cached["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit, which reads "max"
         return free
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that all of this machine, or container, has; None where unknown."""
+    try:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    try:
+        return min(limit, int((CGROUP / "memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        return limit
+
+
+def _counts(path: Path) -> dict[str, int]:
+    """Numbers of a file of the kernel's, in bytes: `name: 12 kB` or `name 12` a line."""
+    counts = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        name, number, *unit = line.split()
+        counts[name.removesuffix(":")] = int(number) * (1024 if unit else 1)
+    return counts
+
+
+def _too_big(entry: Entry) -> str:
+    needed, free = entry.memory / 1e9, (entry.room or 0) / 1e9
+    return f"{entry.name} needs {needed:.1f} GB of memory, and {free:.1f} GB are free: close other programs first"
 
 
 def _facts(engine: DalleEngine) -> tuple[str, int]:

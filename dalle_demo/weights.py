@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,17 @@ def load_dalle(preset: str) -> Dalle:
         WeightsError: the folder does not exist, or one of its files is missing, damaged or of another model.
     """
     folder = find(preset)
+    try:
+        return _load(folder)
+    except WeightsError as error:
+        name = _name(folder)
+        if folder.resolve() != pulled(name).resolve():
+            raise
+        update = f"`python -m dalle_demo weights pull {name} --update`"
+        raise WeightsError(f"{error}; {update} fetches these weights anew") from error
+
+
+def _load(folder: Path) -> Dalle:
     meta = _read_config(folder / "config.json")
     missing = [part for part in PARTS if part not in meta["parts"]]
     if missing:
@@ -294,4 +306,6 @@ def save_tensors(
     save_file(tensors, folder / "model.safetensors.part")
     (folder / "config.json.part").write_text(json.dumps(meta | extra, indent=2) + "\n", encoding="utf-8")
     for name in names:
+        with (folder / f"{name}.part").open("rb+") as file:
+            os.fsync(file.fileno())  # what it was made from may be deleted next
         (folder / f"{name}.part").replace(folder / name)

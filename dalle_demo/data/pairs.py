@@ -74,7 +74,7 @@ def caption(row: dict, background: str | None, rng: np.random.Generator) -> str:
     """
     chinese = rng.random() < 0.2 and bool(row["name_zh"])
     name = _name(row, chinese, rng)
-    if rng.random() < 0.4:
+    if rng.random() < 0.5:
         name = (
             f"{row['style_zh']}风格的{name}"
             if chinese

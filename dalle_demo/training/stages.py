@@ -8,7 +8,6 @@ is drawn once for all samples of a process.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,33 +28,16 @@ from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_con
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels
 COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
-# Of the input tokens of a sample, a share drawn from 0 to this is replaced by random ones. Sampling makes mistakes that
-# training must have seen; and a decoder that can trust all tokens before learns pictures by heart and ignores the text.
-TOKEN_NOISE = 0.5
+# At most these shares of a sample's input tokens are replaced by neighbours in code space, and by any codes. Sampling
+# makes mistakes that training must have seen. And a decoder that can trust the tokens before knows a picture by them,
+# down to the shades of its white border, and learns pictures by heart without reading the caption.
+NEARBY, ANYWHERE = 0.6, 0.4
 VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2
-LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn half as often as everything else
-
-
-@dataclass(frozen=True)
-class Render:
-    """One way to show a drawing, and the share of samples that do."""
-
-    share: float
-    moved: bool = False
-    mirrored: bool = False
-    coloured: bool = False  # background
-
-
-RENDERS = (  # of each drawing; their tokens are computed once
-    Render(0.4),
-    Render(0.2, mirrored=True),
-    Render(0.1, moved=True),
-    Render(0.1, moved=True, mirrored=True),
-    Render(0.1, coloured=True),
-    Render(0.1, coloured=True, moved=True),
-)
+LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn a quarter as often as everything else
+RENDERS = ("plain", "coloured background")  # of each drawing; their tokens are computed once
+RENDER_SHARES = (0.9, 0.1)
 
 
 def sample_rng(seed: int, sample: int) -> np.random.Generator:
@@ -249,7 +231,7 @@ class DalleStage:
         self.pairs = pairs_data.load(data)
         self.training, self.held_out = pairs_data.split(self.pairs)
         often = [i for i in self.training if self.pairs.rows[i]["group"] not in LESS_SEEN]
-        self.training = np.sort(np.concatenate([self.training, often]))
+        self.training = np.sort(np.concatenate([self.training, *3 * [often]]))
         self.config, self.seed, self.text_folder = config, seed, text
         for folder, part in ((vqgan, "vqgan"), (text, "text_encoder")):
             if stored_config(folder, part) != getattr(config, part):
@@ -281,18 +263,11 @@ class DalleStage:
 
     def _tokens_of(self, rows: range) -> np.ndarray:
         pictures, count = self.pairs.pictures(np.array(rows)), len(rows)
+        white, whole, still = torch.full((count, 3), 255.0), torch.ones(count), torch.zeros(count, 2)
         coloured = torch.tensor([BACKGROUNDS[self.backgrounds[i]][1] for i in rows], dtype=torch.float32)
-        turnable = torch.tensor([can_mirror(self.pairs.rows[i]) for i in rows])
-        tokens = []
-        for number, kind in enumerate(RENDERS):
-            draws = [sample_rng(self.seed + 1 + number, i) for i in rows]
-            zoom = torch.tensor([rng.uniform(0.75, 1.0) if kind.moved else 1.0 for rng in draws], dtype=torch.float32)
-            shift = torch.tensor(np.array([rng.uniform(-0.1, 0.1, size=2) * kind.moved for rng in draws])).float()
-            colours = coloured if kind.coloured else torch.full((count, 3), 255.0)
-            zoom = 0.9 * zoom if kind.coloured else zoom  # nothing touches the border of a coloured background
-            pixels = render(pictures, colours, zoom, shift, turnable & kind.mirrored)
-            tokens.append(self.vqgan.encode(resize(pixels, self.config.vqgan.image_size)))
-        return torch.stack(tokens, 1).to(torch.int32).numpy()
+        renders = render(pictures, white, whole, still), render(pictures, coloured, 0.9 * whole, still)
+        size = self.config.vqgan.image_size
+        return torch.stack([self.vqgan.encode(resize(pixels, size)) for pixels in renders], 1).to(torch.int32).numpy()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
@@ -300,13 +275,12 @@ class DalleStage:
         captions, rows, noisy = [], [], []
         for sample, i in zip(samples, indices, strict=True):
             rng = sample_rng(self.seed, sample)
-            kind = rng.choice(len(RENDERS), p=[render.share for render in RENDERS])
-            background = self.backgrounds[i] if RENDERS[kind].coloured else None
+            kind = rng.choice(len(RENDERS), p=RENDER_SHARES)
+            background = self.backgrounds[i] if RENDERS[kind] == "coloured background" else None
             caption = pairs_data.caption(self.pairs.rows[i], background, rng)
             captions.append("" if rng.random() < COND_DROP_PROB else caption)
             rows.append(self.tokens[i, kind])
-            wrong = rng.random(rows[-1].shape) < rng.uniform(0, TOKEN_NOISE)
-            noisy.append(np.where(wrong, rng.integers(self.config.vqgan.codebook_size, size=rows[-1].shape), rows[-1]))
+            noisy.append(disturb(rows[-1], self.config.vqgan, rng))
         return self._batch(captions, np.stack(rows), np.stack(noisy))
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
@@ -338,9 +312,22 @@ class DalleStage:
         )
 
 
-def can_mirror(row: dict) -> bool:
-    """Whether a drawing may be turned left to right: no sign, and nothing that is called left or right."""
-    return row["group"] != "symbols" and not {"left", "right"} & set(row["name"].replace("-", " ").split())
+def disturb(tokens: np.ndarray, config: VQGANConfig, rng: np.random.Generator) -> np.ndarray:
+    """Tokens (N,) of which some are replaced by neighbours in code space (fsq), and some by any codes."""
+    draw, anywhere, nearby = rng.random(tokens.shape), rng.uniform(0, ANYWHERE), rng.uniform(0, NEARBY)
+    disturbed = np.where(draw < anywhere, rng.integers(config.codebook_size, size=tokens.shape), tokens)
+    if config.quantizer == "vq":  # whose codes have no order
+        return disturbed
+    return np.where((anywhere <= draw) & (draw < anywhere + nearby), neighbours(tokens, config.levels, rng), disturbed)
+
+
+def neighbours(tokens: np.ndarray, levels: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """FSQ tokens with one of their digits moved by one step, or left where it is at the end of its range."""
+    dimension = rng.integers(len(levels), size=tokens.shape)
+    basis, size = np.cumprod([1, *levels[:-1]])[dimension], np.array(levels)[dimension]
+    digit = tokens // basis % size
+    moved = np.clip(digit + rng.choice([-1, 1], size=tokens.shape), 0, size - 1)
+    return tokens + (moved - digit) * basis
 
 
 class DalleObjective(nn.Module):
