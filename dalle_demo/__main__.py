@@ -191,9 +191,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     pull = actions.add_parser("pull", help="fetch weights from the Hugging Face Hub")
     pull.add_argument("name", help=f"{', '.join(SOURCES)}, or user/name of a repository in the format of this program")
     pull.add_argument("--revision", metavar="HEX", help="commit to fetch, 40 digits (default: main)")
-    pull.add_argument(
-        "--update", action="store_true", help="replace what is here, if it is not what main is now or is damaged"
-    )
+    pull.add_argument("--update", action="store_true", help="replace what is damaged, or is not what main is now")
     pull.set_defaults(run=run_pull)
     convert = actions.add_parser("convert", help="convert files that are on the disk")
     convert.add_argument("folder", type=Path, help="folder with the files, under the names that `pull` gives them")

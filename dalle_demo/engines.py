@@ -32,6 +32,14 @@ from dalle_demo.text import PAD, spelled
 from dalle_demo.weights import Dalle, load_dalle
 
 PREVIEW_SHARE = 0.3
+LEFT_OUT = {
+    "nothing_read": "This model reads English only, and nothing of this prompt: the pictures have nothing to do "
+    "with it.",
+    "unread": "This model left out characters that it cannot read ({unread}).",
+    "cut": "This model left out the end of the prompt (it has {tokens} tokens, {length} are read).",
+    "unread_and_cut": "This model left out characters that it cannot read ({unread}) and the end of the prompt (it has "
+    "{tokens} tokens, {length} are read).",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,19 @@ class Update:
     def final(self) -> bool:
         """Whether these are the finished pictures."""
         return self.step == self.total
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What of a prompt a model does not read: one of LEFT_OUT, and the values that it wants; in English as a str."""
+
+    key: str
+    unread: str  # characters
+    tokens: int  # of the prompt
+    length: int  # tokens of which are read
+
+    def __str__(self):
+        return LEFT_OUT[self.key].format(**vars(self))
 
 
 class DalleEngine:
@@ -128,18 +149,19 @@ class DalleEngine:
         """Request with this model's own defaults where a setting is not given; raises ParamError."""
         return GenerateParams(prompt, **{**self.config.defaults, **settings})
 
-    def left_out(self, prompt: str) -> str | None:
-        """A sentence on what of the prompt the model cannot read, if anything."""
+    def left_out(self, prompt: str) -> LeftOut | None:
+        """What of the prompt the model cannot read, if anything."""
         length = self.config.text_encoder.length
         encoded = self.model.tokenizer.encode(prompt, length)
         if encoded.empty and prompt.strip():
-            return "This model reads English only, and nothing of this prompt: the pictures have nothing to do with it."
-        parts = []
-        if encoded.unread:
-            parts.append(f"characters that it cannot read ({spelled(encoded.unread)})")
-        if encoded.dropped:
-            parts.append(f"the end of the prompt (it has {length + encoded.dropped} tokens, {length} are read)")
-        return f"This model left out {' and '.join(parts)}." if parts else None
+            key = "nothing_read"
+        elif encoded.unread and encoded.dropped:
+            key = "unread_and_cut"
+        elif encoded.unread or encoded.dropped:
+            key = "unread" if encoded.unread else "cut"
+        else:
+            return None
+        return LeftOut(key, spelled(encoded.unread), length + encoded.dropped, length)
 
     def generate(
         self, params: GenerateParams, stop: threading.Event | None = None, previews: bool = True

@@ -143,11 +143,8 @@ def listed(name: str) -> Listed:
 
 
 def _listed_here(name: str, folder: Path) -> Listed:
-    lock, size, readme = (
-        hub.read_lock(folder),
-        sum(path.stat().st_size for path in folder.iterdir()),
-        folder / "README.md",
-    )
+    lock, size = hub.read_lock(folder), sum(path.stat().st_size for path in folder.iterdir())
+    readme = folder / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""  # the words of anybody
     found = re.findall(r"^license(?:_name)?: *(\S+)$", card, re.MULTILINE)  # the name follows `other`
     return Listed(name, folder, size, found[-1] if found else "", lock and lock.repo, lock and lock.commit)

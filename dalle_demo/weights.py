@@ -308,4 +308,5 @@ def save_tensors(
     for name in names:
         with (folder / f"{name}.part").open("rb+") as file:
             os.fsync(file.fileno())  # what it was made from may be deleted next
+    for name in names:
         (folder / f"{name}.part").replace(folder / name)

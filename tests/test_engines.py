@@ -399,7 +399,9 @@ def test_defaults_of_the_model_are_used_unless_given(engine):
 def test_says_what_was_left_out_of_a_long_prompt(engine):
     assert engine.left_out(PROMPT) is None
     notice = engine.left_out("zyxwvut " * 20)
-    assert str(engine.config.text_encoder.length) in notice
+    length = engine.config.text_encoder.length
+    assert (notice.key, notice.length) == ("cut", length)
+    assert f"it has {notice.tokens} tokens, {length} are read" in str(notice)
     words = "qzxv " * 30
     assert draw(engine, words, n=1, seed=1) == draw(engine, words + "apple", n=1, seed=1)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import namedtuple
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from hub_stub import serving
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import hub, repos, weights
+from dalle_demo import hardware, hub, repos, shelf, weights
 from dalle_demo.__main__ import ensure, main, progress_line
 from dalle_demo.config import RemoteFile, Source
 from dalle_demo.engines import DalleEngine
@@ -142,6 +143,15 @@ def test_a_server_without_ranges_starts_over(stub, source, folder):
     assert is_whole(folder)
 
 
+def test_a_server_without_ranges_sends_a_part_again_that_lacked_one_byte(stub, source, folder):
+    """What is counted is what the file holds now, not what it held before it was emptied."""
+    stub.cuts["merges_mini.txt"] = [len(SMALL) - 1, 0, 0, 0]
+    refuse(source, folder, "connection")
+    stub.has_ranges = False
+    download(source, folder)
+    assert is_whole(folder)
+
+
 DOWNLOAD = """
 import sys
 from pathlib import Path
@@ -242,7 +252,7 @@ def test_a_file_of_another_size_is_not_fetched(stub, source, folder, size):
 
 def test_no_such_file(stub, source, folder):
     files = source.files | {"vocab.json": RemoteFile("vocab_mini.json")}
-    refuse(Source(REPO, files, "min-dalle", "x"), folder, REPO, "vocab_mini.json")
+    refuse(Source(REPO, files, "min-dalle", "x"), folder, REPO, "vocab_mini.json", "--revision")
 
 
 def test_a_file_that_may_be_absent(stub, source, folder):
@@ -336,6 +346,21 @@ def test_nobody_answers(stub, source, folder, monkeypatch):
 def test_something_else_answers(stub, source, folder, page):
     stub.page = page
     refuse(source, folder, "127.0.0.1", "does not answer as the Hub")
+
+
+@pytest.mark.parametrize("place", ["_append", "_write_lock"])
+def test_faults_of_this_program_are_not_put_on_the_hub(stub, source, folder, monkeypatch, place):
+    def fail(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(hub, place, fail)
+    with pytest.raises(TypeError, match="a bug"):
+        download(source, folder)
+
+
+def test_an_address_that_is_none(stub, source, folder, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:port")
+    refuse(source, folder, "cannot reach the Hub", "InvalidURL")
 
 
 def test_offline_by_choice(stub, source, folder, monkeypatch):
@@ -479,6 +504,41 @@ def test_a_repository_of_something_else(stub):
         find("someone/bert")
 
 
+@pytest.mark.parametrize("wanted", ["--update", "--revision"])
+@pytest.mark.parametrize("content", [None, b"x" * 100], ids=["one byte", "all"])
+def test_damaged_weights_are_mended(stub, model, wanted, content):
+    """The message names the command that does it, which leaves weights alone that are as they should be."""
+    path = pull(model) / "model.safetensors"
+    command = ["weights", "pull", model, wanted, *([stub.repos[model].main] if wanted == "--revision" else [])]
+    stub.requests.clear()
+    assert main(command) == 0
+    assert stub.fetched("model.safetensors") == []
+    right = path.read_bytes()
+    path.write_bytes(content or right[:-1] + bytes([right[-1] ^ 1]))
+    with pytest.raises(WeightsError, match=f"weights pull {model} --update` fetches these weights anew"):
+        load_dalle(model)
+    assert main(command) == 0
+    assert path.read_bytes() == right
+    load_dalle(model)
+
+
+def test_a_repository_whose_parts_do_not_fit(stub, nano_folder, tmp_path):
+    """Every file is as the Hub announces it, and the model would still draw noise."""
+    copy = Path(shutil.copytree(nano_folder, tmp_path / "unfit"))
+    save_tiny(tmp_path / "other", tiny_config(channels=8))
+    shutil.copy(tmp_path / "other" / "model.safetensors", copy)
+    (copy / "README.md").write_text("# Tiny")
+    stub.put("someone/unfit", copy)
+    with pytest.raises(WeightsError, match=r"sha256.*someone/unfit"):
+        pull("someone/unfit")
+    with pytest.raises(WeightsError):
+        find("someone/unfit")
+    fit = Path(shutil.copytree(nano_folder, tmp_path / "fit"))
+    (fit / "README.md").write_text("# Tiny")
+    stub.put("someone/unfit", fit)
+    load_dalle(str(pull("someone/unfit", update=True)))
+
+
 @pytest.mark.parametrize("name", ["gigantic", "../x", "a/b/c", "someone/..", "/tmp/x", "", "."])
 def test_names_that_cannot_be_pulled(stub, name):
     with pytest.raises(WeightsError, match="mini"):
@@ -562,6 +622,80 @@ def test_conversion_that_was_killed(stub, source, folder, nano_folder, monkeypat
     assert stub.requests == []
 
 
+@pytest.fixture
+def converted(stub, source, nano_folder, monkeypatch) -> types.ModuleType:
+    """Module of a converter that makes the tiny model of whatever the preset `some` fetches."""
+    convert = pytest.importorskip("dalle_demo.convert")
+    tiny = load_dalle(str(nano_folder))
+    parts = {part: getattr(tiny, part).state_dict() for part in weights.PARTS}
+    monkeypatch.setattr(convert, "convert", lambda *_: convert.Converted(tiny.config, parts, tiny.tokenizer))
+    monkeypatch.setitem(repos.SOURCES, "some", source)
+    monkeypatch.setitem(repos.PRESETS, "some", tiny.config)
+    return convert
+
+
+@pytest.mark.parametrize("step", ["download", "convert", "save_tensors"])
+def test_conversion_can_be_stopped(converted, monkeypatch, step):
+    """Whatever step it was in, nothing appears after that, and nothing half made stays."""
+    stop, place = threading.Event(), {"download": hub, "convert": converted, "save_tensors": repos}[step]
+    original = getattr(place, step)
+
+    def stop_during(*args, **rest):
+        stop.set()
+        return original(*args[:3], **rest) if step == "download" else original(*args, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, step, stop_during)
+        with pytest.raises(StoppedError, match="goes on"):
+            pull("some", stop=stop)
+    assert not list((hub.cache_root() / "models").glob("*"))
+    load_dalle(str(pull("some")))
+
+
+def test_a_converted_model_keeps_every_lock(stub, source, converted, monkeypatch):
+    commit = stub.put("someone/vqgan", {"config.json": b"{}"})
+    vqgan = Source("someone/vqgan", {"config.json": RemoteFile("config.json")}, "flax", "x", commit)
+    monkeypatch.setitem(repos.SOURCES, "some", dataclasses.replace(source, form="flax", vqgan=vqgan))
+    folder = pull("some")
+    assert read_lock(folder).repo == REPO
+    lock = json.loads((folder / "vqgan-lock.json").read_text())
+    assert (lock["repo"], lock["commit"]) == ("someone/vqgan", commit)
+    assert lock["files"]["config.json"]["sha256"] == hashlib.sha256(b"{}").hexdigest()
+
+
+def test_listing_survives_what_others_have_written(stub, model):
+    folder = pull(model)
+    (folder / "README.md").write_bytes("---\nlicense: mit\n---\n# Müller".encode("latin-1"))
+    assert {entry.name: entry.licence for entry in repos.listing()}[model] == "mit"
+
+
+def test_listing_survives_what_goes_away_meanwhile(stub, model, monkeypatch):
+    """As a folder does for a moment while an update takes its place."""
+    pull(model)
+    monkeypatch.setattr(hub, "read_lock", lambda folder: shutil.rmtree(folder))
+    assert repos.listed(model).folder is None
+
+
+def test_check_passes_over_a_repository_that_is_gone(stub, model, tmp_path, capsys):
+    stub.put("someone/zebra", tmp_path / "uploaded")
+    pull(model)
+    pull("someone/zebra")
+    stub.put("someone/zebra", tmp_path / "uploaded")
+    stub.repos[model].private = True
+    assert main(["weights", "list", "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert f"the Hub has no repository {model}" in printed
+    assert "someone/zebra has moved on" in printed
+
+
+def test_list_advises_nothing_that_is_refused(stub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    assert main(["weights", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "not here" in lines["nano"]
+    assert "weights pull" not in lines["nano"]
+
+
 def test_list(stub, model, capsys):
     pull(model)
     stub.requests.clear()
@@ -622,13 +756,32 @@ def test_the_page_fetches_what_is_not_here(stub, model, nano_folder, capsys):
         ensure("gigantic")
 
 
+def test_what_does_not_fit_into_memory_is_not_fetched_for_the_page(stub, source, monkeypatch, capsys):
+    monkeypatch.setitem(repos.SOURCES, "some", dataclasses.replace(source, preset="nano"))
+    needed = hardware.memory_needed(repos.PRESETS["nano"])
+    monkeypatch.setattr(shelf, "free_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"some needs .* GB of memory .* free"):
+        ensure("some")
+    assert stub.requests == []
+    assert main(["weights", "pull", "some"]) == 2, "what the repository holds is no model"
+    assert "warning: some needs" in capsys.readouterr().err
+    assert stub.requests != []
+    for free in (needed, None):
+        monkeypatch.setattr(shelf, "free_memory", lambda free=free: free)
+        main(["weights", "pull", "some"])
+        assert "warning" not in capsys.readouterr().err
+
+
 def test_push_and_pull_back(stub, nano_folder, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(nano_folder, tmp_path / "mine"))
     arguments = ["weights", "push", str(folder), "--to", "tester/mine", "--private"]
     assert main(arguments) == 2
     assert "README.md" in capsys.readouterr().err
     (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Mine\n")
-    (folder / "notes.txt").write_text("not for others")
+    (folder / "samples.png").write_bytes(b"pictures that the card shows")
+    for name in ("notes.txt", "private.png", "out/private.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not for others")
     (folder / "lock.json").write_text("{}")
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -640,7 +793,7 @@ def test_push_and_pull_back(stub, nano_folder, tmp_path, monkeypatch, capsys):
     assert f"{stub.endpoint}/tester/mine" in capsys.readouterr().out
     repo = stub.repos["tester/mine"]
     assert repo.private
-    assert set(repo.commits[repo.main]) == set(repos.FILES)
+    assert set(repo.commits[repo.main]) == {*repos.FILES, "samples.png"}
     assert load_dalle(str(pull("tester/mine"))).sha256 == load_dalle(str(folder)).sha256
 
 

@@ -210,6 +210,8 @@ def test_settings_out_of_range(tmp_path, capsys, flag, value):
         (["vqgan"], "--steps"),
         (["vqgan", "--steps", "1", "--minutes", "1"], "--steps"),
         (["vqgan", "--steps", "1", "--preset", "gigantic"], "nano"),
+        (["vqgan", "--steps", "1", "--preset", "mini"], "no encoder"),
+        (["dalle", "--steps", "1", "--preset", "mega"], "no encoder"),
         (["vqgan", "--steps", "1"], "pairs.jsonl"),
     ],
 )
@@ -226,6 +228,22 @@ def test_data_builds_a_set(tmp_path, capsys):
     assert capsys.readouterr().out == (tmp_path / "set" / "report.txt").read_text(encoding="utf-8")
     assert main(["data", "emoji", "--packages", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        ("KeyboardInterrupt", 0, ""),
+        ("KeyboardInterrupt('stopped; the same command goes on')", 2, "stopped; the same command goes on"),
+        ("ValueError('no weights')", 2, "no weights"),
+        ("MemoryError", 2, "there is not enough memory"),
+        ("RuntimeError('CUDA out of memory')", 2, "CUDA out of memory"),
+    ],
+)
+def test_page_ends_with_a_sentence(error, status, said):
+    code = f"import app\ndef fail(_):\n    raise {error}\napp.serve = fail\napp.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (status, said)
 
 
 def run_help(*arguments: str) -> subprocess.CompletedProcess:

@@ -203,7 +203,7 @@ def test_the_engine_says_what_min_dalle_leaves_out_silently(engine):
         ("a café " * 60, ["left out", "(é)", "64"]),
         ("一只小狗", ["English only"]),
     ]:
-        notice = engine.left_out(prompt)
+        notice = str(engine.left_out(prompt))
         assert notice.count(".") == 1, prompt
         for word in words:
             assert word in notice

@@ -1,5 +1,6 @@
 """One model in memory at a time, to each request its own; downloads that end when nobody waits for them."""
 
+import logging
 import shutil
 import threading
 import time
@@ -10,21 +11,24 @@ import pytest
 from tiny import save_tiny, tiny_config
 
 from dalle_demo import hardware, hub, repos, shelf
-from dalle_demo.config import SOURCES
+from dalle_demo.config import PRESETS, SOURCES
 from dalle_demo.engines import DalleEngine
-from dalle_demo.shelf import Shelf, ShelfError, free_memory
+from dalle_demo.shelf import Shelf, ShelfError, free_memory, memory_limit
 
 GB = 10**9
+ESTIMATES = {name: getattr(hardware, name) for name in ("memory_needed", "weight_memory", "seconds_per_image")}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Folder of what was pulled, empty; on a machine with 8 GB to give, where mega needs 11 and mini 2."""
+    """Folder of what was pulled, empty; on a machine of 16 GB with 8 to give, where mega needs 11 and mini 2."""
     monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path))
     needs = {1024: 2 * GB, 2048: 11 * GB}
     monkeypatch.setattr(hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6))
+    monkeypatch.setattr(hardware, "weight_memory", lambda config: needs.get(config.text_encoder.width, 10**6) // 2)
     monkeypatch.setattr(hardware, "seconds_per_image", lambda config: 6.0)
     monkeypatch.setattr(shelf, "free_memory", lambda: 8 * GB)
+    monkeypatch.setattr(shelf, "memory_limit", lambda: 16 * GB)
     (tmp_path / "models").mkdir()
     return tmp_path / "models"
 
@@ -42,8 +46,8 @@ def stocked(nano_folder, other_folder, cache) -> Shelf:
     return Shelf(str(nano_folder), load=load)
 
 
-def load(preset: str) -> DalleEngine:
-    return DalleEngine.load(preset, threads=1, form="float32")
+def load(preset: str, threads: int = 1, form: str = "float32") -> DalleEngine:
+    return DalleEngine.load(preset, threads, form)
 
 
 def draw(engine: DalleEngine) -> list[bytes]:
@@ -66,6 +70,18 @@ def test_swapping_draws_exactly_what_each_model_draws(stocked, nano_folder, othe
         assert stocked.facts(name) == ("float32", 1)
 
 
+def test_a_model_that_comes_back_draws_as_it_did(stocked, nano_folder):
+    """Whatever would be measured fastest by then."""
+    stocked._facts["tiny"] = ("bfloat16", 1)
+    borrow(stocked, "mini")
+    asked = []
+    stocked._load_engine = lambda preset, **options: (asked.append(options), load(preset, **options))[1]
+    expected = draw(load(str(nano_folder), form="bfloat16"))
+    assert borrow(stocked, "tiny") == expected != draw(load(str(nano_folder)))
+    assert asked == [{"form": "bfloat16", "threads": 1}]
+    assert stocked.facts("tiny") == ("bfloat16", 1)
+
+
 def test_the_old_model_is_gone_before_the_next_is_read(stocked):
     borrow(stocked, "tiny")
     former = weakref.ref(stocked._engine.model.image_decoder)
@@ -85,7 +101,7 @@ def test_a_model_that_does_not_load_leaves_the_others_usable(stocked, cache):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
 def test_want_of_memory_is_one_sentence(stocked, error):
-    def fail(preset):
+    def fail(preset, **options):
         raise error
 
     stocked._load_engine = fail
@@ -97,19 +113,51 @@ def test_want_of_memory_is_one_sentence(stocked, error):
 
 def test_a_model_too_large_is_refused_before_the_former_is_freed(stocked, cache, other_folder):
     shutil.copytree(other_folder, cache / "mega")
-    with pytest.raises(ShelfError, match="11,000,000,000 bytes of memory"), stocked.lend("mega", threading.Event()):
+    sentence = r"mega needs 11\.0 GB of memory, and 8\.0 GB are free: close other programs"
+    with pytest.raises(ShelfError, match=sentence), stocked.lend("mega", threading.Event()):
         pass
     assert stocked.loaded == "tiny"
-    with pytest.raises(ShelfError, match="not offered"):
+    with pytest.raises(ShelfError, match=sentence):
         next(stocked.fetch("mega", threading.Event()))
+    with pytest.raises(ShelfError, match="there is no dall-e to download here; there is: mini, mega"):
+        next(stocked.fetch("dall-e", threading.Event()))
 
 
-def test_memory_of_the_loaded_model_counts_as_free(stocked, monkeypatch):
+def test_weights_of_the_loaded_model_count_as_free(stocked, monkeypatch):
     monkeypatch.setattr(shelf, "free_memory", lambda: 10 * GB)
     assert not stocked.find("mega").fits
-    stocked._configs["tiny"] = stocked._configs["mini"]  # as large as mini
-    assert stocked.find("mega").room == 12 * GB
+    stocked._estimates["tiny"] = stocked._estimate("mini")  # as large as mini, of which the half is weights
+    assert stocked.find("mega").room == 11 * GB
     assert stocked.find("mega").fits
+    monkeypatch.setattr(shelf, "free_memory", lambda: 16 * GB)  # where nothing says what is free
+    assert stocked.find("mega").room == 16 * GB
+
+
+def test_a_second_look_at_a_model_builds_nothing(nano_folder, monkeypatch):
+    for name, real in ESTIMATES.items():
+        monkeypatch.setattr(hardware, name, real)
+    monkeypatch.setattr(hardware, "_speeds", lambda: (1e-12, 1e-12))
+    stand, built = Shelf(str(nano_folder), load=load), []
+    once = stand.find("nano")
+    build = hardware._meta
+    monkeypatch.setattr(hardware, "_meta", lambda config: (built.append(config), build(config))[1])
+    again = stand.find("nano")
+    assert (again.memory, again.seconds) == (once.memory, once.seconds)
+    assert built == []
+    assert once.memory == hardware.memory_needed(PRESETS["nano"])
+    assert built != []
+
+
+def test_names_and_settings_are_known_without_an_estimate(stocked, monkeypatch):
+    """The page starts with them."""
+    monkeypatch.setattr(hardware, "memory_needed", None)
+    assert stocked.names() == ["tiny", "nano", "mini", "mega"]
+    assert stocked.defaults("mini") == PRESETS["mini"].defaults
+
+
+@pytest.mark.parametrize("name", ["dall-e", "", None, 3, ["mini"], {}])
+def test_there_is_no_model_of_another_name(stocked, name):
+    assert stocked.find(name) is None
 
 
 def test_nothing_is_refused_where_memory_is_unknown(stocked, monkeypatch):
@@ -118,7 +166,21 @@ def test_nothing_is_refused_where_memory_is_unknown(stocked, monkeypatch):
 
 
 def test_free_memory_is_that_of_this_machine():
-    assert 10**7 < free_memory() < 10**14
+    assert 10**7 < free_memory() <= memory_limit() < 10**14
+
+
+def test_of_a_container_what_it_has_left_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(shelf, "CGROUP", tmp_path)
+    for name, text in {
+        "memory.max": "9000000",
+        "memory.current": "7000000",
+        "memory.stat": "anon 4000000\nfile 3000000\nactive_file 1000000\ninactive_file 1500000",
+    }.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert (free_memory(), memory_limit()) == (4_500_000, 9_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > 9_000_000
+    assert memory_limit() > 9_000_000
 
 
 def test_one_request_draws_at_a_time_and_who_waits_can_be_stopped(stocked):
@@ -129,6 +191,15 @@ def test_one_request_draws_at_a_time_and_who_waits_can_be_stopped(stocked):
             assert engine is None
         assert stocked.loaded == "tiny"
     borrow(stocked, "mini")
+
+
+def test_a_run_that_was_stopped_loads_nothing(stocked):
+    stop = threading.Event()
+    stop.set()
+    with stocked.lend("mini", stop) as engine:
+        assert engine is None
+    assert stocked.loaded == "tiny"
+    borrow(stocked, "tiny")
 
 
 def test_a_request_that_fails_or_ends_early_gives_the_model_back(stocked):
@@ -247,16 +318,72 @@ def test_after_cancelling_it_can_be_asked_for_again(stand, pull):
     assert pull.begun == 2
 
 
-@pytest.mark.parametrize("error", [hub.HubError("no network"), OSError("disk full"), KeyError("a bug")])
-def test_failure_reaches_all_who_wait_and_the_next_may_try(stand, pull, error):
+def test_one_that_is_just_ending_is_not_called_a_download(stand, pull, monkeypatch):
+    monkeypatch.setattr(shelf, "ENDING", 0.1)
+    monkeypatch.setattr(shelf, "free_memory", lambda: 20 * GB)
+    cancel, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(repos, "pull", lambda name, report, stop: ended.wait(10))  # hears of no `stop`
+    states = stand.fetch("mini", cancel)
+    next(states)
+    cancel.set()
+    assert list(states) == []
+    for name in ("mini", "mega"):
+        with pytest.raises(ShelfError, match="the download of mini is just ending"):
+            next(stand.fetch(name, threading.Event()))
+    ended.set()
+
+
+def test_who_waits_for_an_ending_download_keeps_nobody_in(stand, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(repos, "pull", lambda name, report, stop: ended.wait(10))
+    states = stand.fetch("mini", threading.Event())
+    next(states)
+    states.close()
+    waiter = threading.Thread(target=lambda: list(stand.fetch("mini", threading.Event())))
+    waiter.start()
+    time.sleep(0.1)
+    assert stand._door.acquire(timeout=1)
+    stand._door.release()
+    ended.set()
+    waiter.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (hub.HubError("no network"), "^no network$"),
+        (OSError(28, "No space left on device", "/home/me/part"), "^No space left on device$"),
+        (KeyError("a bug"), "^an error of this program, KeyError, which its log describes"),
+    ],
+)
+def test_failure_reaches_all_who_wait_and_the_next_may_try(stand, pull, caplog, error, said):
     waiting = [stand.fetch("mini", threading.Event()) for _ in range(2)]
     for states in waiting:
         await_bytes(states)
     pull.error = error
     pull.end.set()
     for states in waiting:
-        with pytest.raises(ShelfError, match=str(error)):
+        with pytest.raises(ShelfError, match=said) as failure:
             list(states)
+        assert failure.value.__cause__ is error
+    traced = [record for record in caplog.records if record.exc_info and record.levelno == logging.ERROR]
+    assert len(traced) == isinstance(error, KeyError)
     pull.error = None
     list(stand.fetch("mini", threading.Event()))
     assert stand.find("mini").here
+
+
+def test_visitors_do_not_read_where_the_server_keeps_its_files(stocked, stand, pull, cache, nano_folder):
+    """Who runs it does: the cause names the file."""
+    (cache / "mini" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ShelfError, match=r"^models.mini.model\.safetensors is ") as failure:
+        borrow(stocked, "mini")
+    assert str(cache) in str(failure.value.__cause__)
+    assert str(stocked._failure("tiny", ValueError(f"{nano_folder / 'config.json'} is missing"))) == (
+        "config.json is missing"
+    )
+    shutil.rmtree(cache / "mini")
+    pull.error = hub.HubError(f"2.12 GB are needed in {cache.parent} and 1.00 GB are free")
+    pull.end.set()
+    with pytest.raises(ShelfError, match=f"^2.12 GB are needed in {cache.parent.name} and"):
+        list(stand.fetch("mini", threading.Event()))

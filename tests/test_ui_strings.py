@@ -5,7 +5,9 @@ from string import Formatter
 import pytest
 
 from dalle_demo.config import GenerateParams
-from dalle_demo.ui.strings import SENTENCES, duration, footer, label, megabytes, translations
+from dalle_demo.engines import LeftOut
+from dalle_demo.ui.generate import _summary
+from dalle_demo.ui.strings import SENTENCES, duration, footer, label, megabytes, say, translations
 
 
 def names(sentence: str) -> set[str]:
@@ -51,3 +53,28 @@ def test_settings_are_called_as_the_page_calls_them():
     assert label("prompt", "en") == "Prompt"
     assert label("n", "en") == GenerateParams.__dataclass_fields__["n"].metadata["label"]
     assert label("n", "zh") == "张数"
+
+
+def test_what_a_model_left_out_is_said_in_the_language_of_the_visitor():
+    notice = LeftOut("unread_and_cut", "é", 80, 64)
+    assert say(notice.key, "en", **vars(notice)) == str(notice)
+    assert "é" in str(notice)
+    chinese = say(notice.key, "zh-CN", **vars(notice))
+    assert chinese.startswith("这个模型")
+    for value in ("é", "80", "64"):
+        assert value in chinese
+
+
+def test_the_summary_of_a_run_says_it_too(engine):
+    params = engine.params("zyxwvut " * 20)
+    assert "left out the end" in _summary(engine, params, 1, 2.0, "en")
+    assert "略去了描述的末尾" in _summary(engine, params, 1, 2.0, "zh-CN")
+    assert _summary(engine, engine.params("a red apple", n=1), 1, 2.0, "en") == "1 picture in 2.0 s, seed 1."
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_does_not_say_on_what_it_computes(language):
+    """That may be a graphics card."""
+    subtitle = translations()[language]["subtitle"]
+    assert "processor" not in subtitle
+    assert "处理器" not in subtitle

@@ -1,6 +1,7 @@
 """A checkpoint is whole or refused, by the name of the file at fault; and writing one never harms the old one."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -249,6 +250,24 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch, 
     for part in PARTS:
         for key, value in getattr(before, part).state_dict().items():
             assert torch.equal(getattr(after, part).state_dict()[key], value)
+
+
+def test_nothing_has_its_name_before_it_is_on_the_disk(folder, tmp_path, monkeypatch):
+    """After a loss of power too: what weights were converted from is deleted once they have their name."""
+    before = load_dalle(str(folder)).sha256
+    Tokenizer.train(["quite another vocabulary"], 290).save(tmp_path / "new.json")
+    synced, sync = [], os.fsync
+
+    def fail_last(number: int) -> None:
+        synced.append(number)
+        if len(synced) == 3:
+            raise OSError("No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(weights.os, "fsync", fail_last)
+    with pytest.raises(OSError, match="No space"):
+        save_again(folder, tmp_path / "new.json")
+    assert load_dalle(str(folder)).sha256 == before
 
 
 def test_a_later_save_cleans_up(folder, tmp_path):

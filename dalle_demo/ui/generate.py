@@ -119,7 +119,7 @@ class GenerateTab:
 
     def _settings(self, t: gr.I18n) -> dict[str, gr.components.Component]:
         """One control per remaining field of GenerateParams, named after it."""
-        controls, defaults = {}, self.shelf.find(self.shelf.home).defaults
+        controls, defaults = {}, self.shelf.defaults(self.shelf.home)
         with gr.Accordion(t("settings"), elem_id="advanced"):
             for spec in dataclasses.fields(GenerateParams):
                 if spec.name == "seed":
@@ -224,7 +224,7 @@ class GenerateTab:
                 else:
                     yield from self._stream(engine, params, stop, language)
         except ShelfError as error:
-            log.warning("%s could not be loaded: %s", model, error)
+            log.warning("%s could not be loaded: %s", model, error.__cause__ or error)
             sentence = html.escape(say("load_failed", language, model=model, reason=error), quote=False)
             raise gr.Error(sentence, print_exception=False) from error
 
@@ -293,7 +293,8 @@ def _save(engine: DalleEngine, update: Update, params: GenerateParams, summary: 
 def _summary(engine: DalleEngine, params: GenerateParams, seed: int, seconds: float, language: str) -> str:
     key = "one" if params.n == 1 else "many"
     done = say(key, language, n=params.n, seconds=seconds, each=seconds / params.n, seed=seed)
-    return " ".join(filter(None, [done, engine.left_out(params.prompt)]))
+    notice = engine.left_out(params.prompt)
+    return done if notice is None else f"{done} {say(notice.key, language, **vars(notice))}"
 
 
 def _with_seed(settings: dict[str, Any], randomise: bool) -> dict[str, Any]:

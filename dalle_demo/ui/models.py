@@ -28,13 +28,13 @@ class ModelChoice:
         self.shelf = shelf
         self._cancels: dict[str, threading.Event] = {}  # of the download that each browser session waits for
         self.chosen, self.offered = gr.State(shelf.home), gr.State("")
-        choices = self._choices("en")
+        names = shelf.names()
         self.model = gr.Dropdown(
-            choices,
+            names,  # `arrive` says more: what must be estimated would keep the server from starting
             value=None,  # `arrive` sets it: a line that stands there already would not be translated
             label=t("model"),
             info=t("model_help"),
-            visible=len(choices) > 1,
+            visible=len(names) > 1,
             filterable=False,
             elem_id="model",
         )
@@ -109,7 +109,7 @@ class ModelChoice:
             else:
                 yield self._select(self.shelf.find(name), language)
         except (ValueError, OSError) as error:
-            log.warning("download of %s: %s", name, error)
+            log.warning("download of %s: %s", name, error.__cause__ or error)
             text = say("download_failed", language, model=name, reason=error)
             yield self._panel(text, download=True, dismiss=say("close", language), failed=True)
         finally:  # also when the tab is closed
@@ -170,7 +170,7 @@ def usable(shelf: Shelf, name: Any, language: str) -> Entry:
     """Entry of a model that a request may draw with; a ShelfError in the visitor's language otherwise."""
     entry = shelf.find(name)
     if entry is None:
-        names = ", ".join(entry.name for entry in shelf.models())
+        names = ", ".join(shelf.names())
         raise ShelfError(say("model_unknown", language, model=str(name)[:40], names=names))
     if not entry.here:
         command = f"python -m dalle_demo weights pull {name}"

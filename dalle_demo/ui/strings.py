@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from dalle_demo.config import GenerateParams
+from dalle_demo.engines import LEFT_OUT
 
 TITLE = "dalle_demo"
 EXAMPLES = [
@@ -22,8 +23,7 @@ EXAMPLES = [
 
 LABELS = {
     "en": {
-        "subtitle": "Type what you would like to see. A model of the DALL·E family draws it, "
-        "on this computer's processor alone.",
+        "subtitle": "Type what you would like to see. A model of the DALL·E family draws it, on this computer alone.",
         "prompt": "Prompt",
         "prompt_placeholder": "a red apple",
         "go": "Generate",
@@ -42,7 +42,7 @@ LABELS = {
         "cancel": "Cancel",
     },
     "zh": {
-        "subtitle": "写下想看的画面，DALL·E 家族的模型就在这台电脑的处理器上为你画出来。",
+        "subtitle": "写下想看的画面，DALL·E 家族的模型就在这台电脑上为你画出来。",
         "prompt": "描述",
         "prompt_placeholder": "一个红苹果",
         "go": "生成",
@@ -74,7 +74,8 @@ LABELS = {
 }
 
 SENTENCES = {
-    "en": {
+    "en": LEFT_OUT
+    | {
         "waiting": "Waiting for a turn…",
         "starting": "Reading the prompt…",
         "loading": "Loading {model}…",
@@ -118,6 +119,11 @@ SENTENCES = {
         "many": "{n} 张图片，用时 {seconds:.1f} 秒，每张 {each:.1f} 秒，种子 {seed}。",
         "stopped": "已停止。",
         "stopped_at": "停在 {percent} %，种子 {seed}。",
+        "nothing_read": "这个模型只读英文，这段描述一个字也没有读懂：图片与它无关。",
+        "unread": "这个模型略去了它读不懂的字符（{unread}）。",
+        "cut": "这个模型略去了描述的末尾（共 {tokens} 个词元，只读 {length} 个）。",
+        "unread_and_cut": "这个模型略去了它读不懂的字符（{unread}）和描述的末尾"
+        "（共 {tokens} 个词元，只读 {length} 个）。",
         "label_here": "{model}：每张 {seconds}，{licence}",
         "label_away": "{model}：每张 {seconds}，{licence}，需下载 {size}",
         "label_too_big": "{model}：需要 {memory} 内存，这台电脑不够",
@@ -185,7 +191,7 @@ def translations() -> dict[str, dict[str, str]]:
     return {"en": english, "zh": chinese, "zh-CN": chinese}
 
 
-def say(key: str, accept_language: str, **values: Any) -> str:
+def say(key: str, accept_language: str, /, **values: Any) -> str:
     """Sentence in a browser's first language, known from its Accept-Language header; English if it is not Chinese."""
     return SENTENCES[_language(accept_language)][key].format(**values)
 

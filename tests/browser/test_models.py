@@ -57,13 +57,19 @@ def studio(nano_folder, mini_folder, serve, tmp_path, monkeypatch) -> Studio:
     monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path))
     needs = {1024: 2 * GB, 2048: 11 * GB}
     monkeypatch.setattr(hardware, "memory_needed", lambda config: needs.get(config.text_encoder.width, 10**6))
+    monkeypatch.setattr(hardware, "weight_memory", lambda config: 10**6)
     monkeypatch.setattr(hardware, "seconds_per_image", lambda config: 6.0)
     monkeypatch.setattr(shelf, "free_memory", lambda: 8 * GB)
+    monkeypatch.setattr(shelf, "memory_limit", lambda: 16 * GB)
     made = Studio("", mini_folder, tmp_path)
     monkeypatch.setattr(repos, "pull", made.pull)
-    made.url = serve(Shelf(str(nano_folder), load=lambda preset: DalleEngine.load(preset, threads=1, form="float32")))
+    made.url = serve(Shelf(str(nano_folder), load=load))
     yield made
     made.arrives.set()
+
+
+def load(preset: str, threads: int = 1, form: str = "float32") -> DalleEngine:
+    return DalleEngine.load(preset, threads, form)
 
 
 def pick(page, name: str) -> None:
@@ -182,7 +188,9 @@ def test_a_model_that_does_not_load_says_so_and_the_former_draws(visit, studio):
     pick(page, "mini")
     page.fill("#prompt textarea", "a red apple")
     page.click("#go")
-    expect(page.get_by_text("mini could not be loaded")).to_be_visible(timeout=SLOW)
+    failure = page.get_by_text("mini could not be loaded")
+    expect(failure).to_be_visible(timeout=SLOW)
+    expect(failure).not_to_contain_text(str(studio.cache))
     expect(page.locator("#go")).to_be_visible()
     pick(page, "tiny")
     draw(page)
