@@ -113,7 +113,7 @@ def _nano() -> DalleConfig:
             heads=4,
             glu_width=768,
         ),
-        defaults={"temperature": 0.8, "top_p": 0.95, "guidance_scale": 2.5},
+        defaults={"temperature": 0.5, "guidance_scale": 2.0},
     )
 
 
