@@ -25,12 +25,12 @@ GUIDANCE, TOP_K = 10, 256
 WARM_UPS, WARM_STEPS = 1, 2
 
 
-def compare(preset: str, steps: int, runs: int) -> dict:
-    """Run both programs and put their figures side by side.
+def compare(preset: str, steps: int, rounds: int) -> dict:
+    """Run both programs in turn, since machines change their pace, and put medians side by side.
 
     Args:
         steps: of min-dalle's 256; fewer are multiplied up, since a picture of its Mega takes minutes.
-        runs: pictures of which the median is taken.
+        rounds: processes of each program.
     """
     with tempfile.TemporaryDirectory(prefix="dalle_demo-bench-") as folder:
         raw, ours = Path(folder, "raw"), Path(folder, "ours")
@@ -38,20 +38,31 @@ def compare(preset: str, steps: int, runs: int) -> dict:
         convert = [sys.executable, "-m", "dalle_demo", "weights", "convert", raw, "--form", "min-dalle"]
         subprocess.run([*map(str, convert), "--preset", preset, "--out", str(ours)], cwd=ROOT, check=True)
         call("random_weights.py", "--preset", preset, "--out", raw, "--arrange")
-        mine = measure("ours", ours, preset, TOKENS, runs, 0)
-        fidelity = measure("fidelity", ours, preset, TOKENS, runs, 0)
-        theirs = [
-            measure("theirs", raw, preset, steps, runs, threads) for threads in range(1, (os.cpu_count() or 1) + 1)
+        counts = range(1, (os.cpu_count() or 1) + 1)
+        by_threads = {count: measure("theirs", raw, preset, 16, count)["image_s"] for count in counts}
+        best = min(by_threads, key=by_threads.get)
+        pairs = [
+            (measure("ours", ours, preset, TOKENS, 0), measure("theirs", raw, preset, steps, best))
+            for _ in range(rounds)
         ]
-    best = min(theirs, key=lambda figures: figures["image_s"])
+        fidelity = measure("fidelity", ours, preset, TOKENS, 0)
+    mine, theirs = (
+        {key: middle([side[key] for side in sides]) for key in sides[0]} for sides in zip(*pairs, strict=True)
+    )
     return {
         "preset": preset,
         "ours": mine | fidelity,
-        "min_dalle": best,
-        "min_dalle_image_s_by_threads": {figures["threads"]: figures["image_s"] for figures in theirs},
-        "times_faster": round(best["image_s"] / mine["image_s"], 2),
-        "share_of_its_memory": round(mine["peak_gib"] / best["peak_gib"], 3),
+        "min_dalle": theirs,
+        "min_dalle_image_s_by_threads_from_16_steps": by_threads,
+        "image_s_by_round": [[ours["image_s"], other["image_s"]] for ours, other in pairs],
+        "times_faster": round(middle([other["image_s"] / ours["image_s"] for ours, other in pairs]), 2),
+        "share_of_its_memory": round(mine["peak_gib"] / theirs["peak_gib"], 3),
     }
+
+
+def middle(values: list) -> float | str:
+    """Median of numbers, or what all of them are."""
+    return values[0] if isinstance(values[0], str) else round(statistics.median(values), 3)
 
 
 def call(script: str, *arguments: object) -> str:
@@ -60,9 +71,9 @@ def call(script: str, *arguments: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(what: str, folder: Path, preset: str, steps: int, runs: int, threads: int) -> dict:
+def measure(what: str, folder: Path, preset: str, steps: int, threads: int) -> dict:
     """Figures of one process of this script."""
-    flags = ("--preset", preset, "--steps", steps, "--runs", runs, "--threads", threads)
+    flags = ("--preset", preset, "--steps", steps, "--threads", threads)
     return json.loads(call("against.py", what, folder, *flags).splitlines()[-1])
 
 
@@ -73,7 +84,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="mini")
     parser.add_argument("--steps", type=int, default=TOKENS)
-    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as the program chooses")
     options = parser.parse_args()
     print(json.dumps({"ours": time_ours, "theirs": time_theirs, "fidelity": compare_formats}[options.what](options)))
@@ -90,7 +100,7 @@ def time_ours(options: argparse.Namespace) -> dict:
     engine = DalleEngine.load(str(options.folder), threads=options.threads or None)
     load = time.perf_counter() - start
     params = engine.params(PROMPT, n=1, seed=1, top_k=TOP_K, guidance_scale=GUIDANCE)
-    image = median(lambda: list(engine.generate(params, previews=False)), options.runs)
+    image = median(lambda: list(engine.generate(params, previews=False)), 1)
     peak = peak_gib()
     four = engine.params(PROMPT, n=4, seed=1, top_k=TOP_K, guidance_scale=GUIDANCE)
     grid = median(lambda: list(engine.generate(four, previews=False)), 1, warm_ups=0)
@@ -174,7 +184,7 @@ def time_theirs(options: argparse.Namespace) -> dict:
         draw = lambda: model.generate_image(  # noqa: E731
             PROMPT, seed=1, grid_size=1, top_k=TOP_K, supercondition_factor=GUIDANCE
         )
-        image = median(draw, options.runs)
+        image = median(draw, 1)
     else:
         image = extrapolate(model, options.steps)
     return {"image_s": round(image, 2), "peak_gib": round(peak_gib(), 3), "threads": options.threads}

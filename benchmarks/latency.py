@@ -5,7 +5,7 @@ as a browser would. The engine alone is timed beside it. Run it on an idle machi
 
     python benchmarks/latency.py --preset nano
     python benchmarks/latency.py --preset mini --against min-dalle
-    python benchmarks/latency.py --preset mega --against min-dalle --steps 16 --runs 1
+    python benchmarks/latency.py --preset mega --against min-dalle --steps 16 --rounds 1
 
 The last line is JSON.
 """
@@ -35,13 +35,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4, help="pictures a request")
     parser.add_argument("--against", choices=["min-dalle"], help="mini or mega: compare with it on random weights")
     parser.add_argument("--steps", type=int, default=256, help="--against: its steps to time; fewer are multiplied up")
-    parser.add_argument("--runs", type=int, default=3, help="--against: pictures a program")
+    parser.add_argument("--rounds", type=int, default=3, help="--against: processes of each program, in turn")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     if options.against:
         from against import compare  # which needs a Unix
 
-        finish(compare(options.preset, options.steps, options.runs), options.out)
+        finish(compare(options.preset, options.steps, options.rounds), options.out)
         return
     engine = time_engine(options.preset, options.n)
     starts, grids, previews = [], [], []
