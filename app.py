@@ -56,6 +56,7 @@ def serve(args: argparse.Namespace) -> None:
     options |= {"server_name": args.host, "server_port": args.port}
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
     print(f"{shelf.home} is served at {url}", flush=True)
+    shelf.models()  # measures what the first visitor would otherwise wait for
     page.block_thread()
 
 

@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install -r requirements-train.txt", file=sys.stderr)
+        needs = "requirements-train.txt" if options.run in (run_train, run_data) else "requirements.txt"
+        print(f"error: {error.name} is not installed here: .venv/bin/pip install -r {needs}", file=sys.stderr)
     except KeyboardInterrupt as stop:
         print(stop if stop.args else "stopped", file=sys.stderr)
     except (ValueError, OSError) as error:  # WeightsError and ParamError are ValueErrors

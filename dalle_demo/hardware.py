@@ -23,7 +23,6 @@ FORMATS = ("float32", "float16", "bfloat16")  # of the Transformer's weights; on
 MEASURED_STEPS = 6
 MEASURED_ROWS = 8  # four guided pictures
 MARGIN = 1.3
-CACHED = 32 * 2**20  # weights that a processor's caches may hold; beyond it the time of a step is that of reading them
 PROCESS = 350 * 2**20  # bytes that Python, PyTorch and the page take without a model
 SECONDS_PER_LAYER = 4e-4  # of a decoding step, for what is no matrix product
 
@@ -106,8 +105,7 @@ def fastest_format(config: ImageDecoderConfig, device: torch.device) -> str:
     to be taken before those that `formats` prefers.
     """
     choices = formats(device)
-    large = _count(_meta(config)) > CACHED
-    if len(choices) == 1 or (large and choices == ["float16", "float32"]):  # half the bytes, the same arithmetic
+    if choices in (["float16"], ["float32"], ["float16", "float32"]):  # half the bytes and the same arithmetic
         return choices[0]
     small = dataclasses.replace(config, layers=1, vocab_size=min(config.vocab_size, 4096), bos=0)
     best, shortest = choices[0], math.inf
