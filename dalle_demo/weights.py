@@ -130,25 +130,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def load_part(folder: Path, part: str) -> Any:
     """Load one part of a checkpoint folder, in fp32; raises WeightsError."""
-    meta = _read_config(folder / "config.json")
-    if part not in meta["parts"]:
-        raise WeightsError(f"{folder / 'config.json'} describes no {part}")
+    meta = _describing(folder, part)
     _check_parts(folder / "model.safetensors", meta)
     return _build(folder, part, meta).float()
 
 
 def stored_config(folder: Path, part: str) -> Any:
     """Config of one part of a checkpoint folder; raises WeightsError."""
-    meta = _read_config(folder / "config.json")
-    if part not in meta["parts"]:
-        raise WeightsError(f"{folder / 'config.json'} describes no {part}")
-    return part_config(part, meta["parts"][part])
+    return part_config(part, _describing(folder, part)["parts"][part])
 
 
 def stored_hash(folder: Path, part: str) -> str:
     """sha256 of one part of a checkpoint folder; raises WeightsError."""
-    stored_config(folder, part)
-    return _read_config(folder / "config.json")["sha256"][part]
+    return _describing(folder, part)["sha256"][part]
+
+
+def _describing(folder: Path, part: str) -> dict[str, Any]:
+    """The config.json of a folder, which must have this part."""
+    meta = _read_config(folder / "config.json")
+    if part not in meta["parts"]:
+        raise WeightsError(f"{folder / 'config.json'} describes no {part}")
+    return meta
 
 
 @contextmanager

@@ -12,34 +12,29 @@ from torch import Tensor, nn
 MOST_ROWS = 24  # of one product: with some numbers beyond 28, FBGEMM takes code paths that round differently
 
 
-class StoredLinear(nn.Linear):
-    """nn.Linear without bias whose weights stay in their file; `read` maps them, for as long as the tensor lives."""
+class Stored(nn.Module):
+    """Weights that stay in their file; `read` maps them, for as long as the tensor lives."""
 
     def __init__(self, read: Callable[[], Tensor]):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # and not that of nn.Linear or nn.Embedding, which make weights
         self._read = read
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), as stored."""
+        """Matrix, as stored."""
         return self._read()
+
+
+class StoredLinear(Stored, nn.Linear):
+    """nn.Linear without bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return nn.functional.linear(x, self.weight.to(x))
 
 
-class StoredEmbedding(nn.Embedding):
-    """nn.Embedding likewise; only the rows that are looked up are ever in memory."""
-
-    def __init__(self, read: Callable[[], Tensor]):
-        nn.Module.__init__(self)
-        self._read = read
-
-    @property
-    def weight(self) -> Tensor:
-        """(V, D), as stored."""
-        return self._read()
+class StoredEmbedding(Stored, nn.Embedding):
+    """nn.Embedding; only the rows that are looked up are ever in memory."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., D), in fp32."""
@@ -102,7 +97,7 @@ def _read_linear(stored: nn.Linear) -> nn.Linear:
 
 def is_stored(module: nn.Module) -> bool:
     """Whether weights of it are still in their file."""
-    return any(isinstance(child, StoredLinear | StoredEmbedding) for child in module.modules())
+    return any(isinstance(child, Stored) for child in module.modules())
 
 
 def _replace(module: nn.Module, linear: Callable, embedding: Callable) -> None:
