@@ -200,9 +200,9 @@ def thread_counts() -> list[int]:
     return sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
 
 
-def seconds_per_step(decoder: ImageDecoder, form: str, device: torch.device, rows: int = MEASURED_ROWS) -> float:
+def seconds_per_step(decoder: ImageDecoder, form: str, device: torch.device) -> float:
     """Seconds of the quickest of a few decoding steps."""
     text = torch.zeros(1, 4, decoder.text_width, dtype=activation_type(form, device), device=device)
-    cache = decoder.prefill(text, torch.ones(1, 4, dtype=torch.bool, device=device), rows)
-    tokens, positions = torch.zeros(rows, dtype=torch.long, device=device), iter(range(decoder.length))
+    cache = decoder.prefill(text, torch.ones(1, 4, dtype=torch.bool, device=device), MEASURED_ROWS)
+    tokens, positions = torch.zeros(MEASURED_ROWS, dtype=torch.long, device=device), iter(range(decoder.length))
     return _seconds(lambda: decoder.step(tokens, next(positions), cache).cpu())

@@ -20,7 +20,7 @@ import torch
 from hub_stub import serving
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import hardware, hub, repos, shelf, weights
+from dalle_demo import convert, hardware, hub, repos, shelf, weights
 from dalle_demo.__main__ import ensure, main, progress_line
 from dalle_demo.config import RemoteFile, Source
 from dalle_demo.engines import DalleEngine
@@ -574,7 +574,6 @@ def test_a_preset_that_is_not_here(stub):
 
 def test_a_preset_is_converted(stub, source, nano_folder, monkeypatch):
     """What arrives is handed to the converter; what it makes appears under the preset's name, with a card."""
-    convert = pytest.importorskip("dalle_demo.convert")
     tiny = load_dalle(str(nano_folder))
     parts = {part: getattr(tiny, part).state_dict() for part in weights.PARTS}
     seen = []
@@ -601,7 +600,6 @@ def test_a_preset_is_converted(stub, source, nano_folder, monkeypatch):
 
 def test_conversion_that_was_killed(stub, source, folder, nano_folder, monkeypatch):
     """What had arrived is not fetched again."""
-    convert = pytest.importorskip("dalle_demo.convert")
     tiny = load_dalle(str(nano_folder))
     monkeypatch.setitem(repos.SOURCES, "some", source)
     monkeypatch.setitem(repos.PRESETS, "some", tiny.config)
@@ -625,7 +623,6 @@ def test_conversion_that_was_killed(stub, source, folder, nano_folder, monkeypat
 @pytest.fixture
 def converted(stub, source, nano_folder, monkeypatch) -> types.ModuleType:
     """Module of a converter that makes the tiny model of whatever the preset `some` fetches."""
-    convert = pytest.importorskip("dalle_demo.convert")
     tiny = load_dalle(str(nano_folder))
     parts = {part: getattr(tiny, part).state_dict() for part in weights.PARTS}
     monkeypatch.setattr(convert, "convert", lambda *_: convert.Converted(tiny.config, parts, tiny.tokenizer))
@@ -836,7 +833,6 @@ def test_convert_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, wo
 
 
 def test_convert_command(tmp_path, nano_folder, monkeypatch, capsys):
-    convert = pytest.importorskip("dalle_demo.convert")
     tiny = load_dalle(str(nano_folder))
     parts = {part: getattr(tiny, part).state_dict() for part in weights.PARTS}
     monkeypatch.setattr(convert, "convert", lambda *_: convert.Converted(tiny.config, parts, tiny.tokenizer))
