@@ -20,6 +20,7 @@ from dalle_demo.config import MAX_SEED, GenerateParams
 from dalle_demo.hardware import (
     fastest_format,
     fastest_threads,
+    give_back_memory,
     pick_device,
     pixel_type,
     place_text_encoder,
@@ -92,6 +93,7 @@ class DalleEngine:
             self.threads = threads or fastest_threads(model.image_decoder, self.format, self.device)
             torch.set_num_threads(self.threads)
             self._uncond = self._encode("")
+        give_back_memory()
 
     @classmethod
     def load(
@@ -210,6 +212,7 @@ class DalleEngine:
                 ration.spend(count // row, time.monotonic() - start)
             yield Update(count, length, [] if count % row else preview, seeds)
         del step, drawn  # with the cache, which decoding has better use for
+        give_back_memory()
         pictures = []
         for tokens in so_far:  # one at a time: convolutions may round differently in another batch
             pictures += to_pil(self._decode(tokens))

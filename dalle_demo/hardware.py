@@ -3,6 +3,7 @@
 All that depends on the machine is here. A graphics card is taken when PyTorch sees one, otherwise the processor.
 """
 
+import ctypes
 import dataclasses
 import math
 import os
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle_demo.config import MAX_IMAGES, DalleConfig, ImageDecoderConfig, TextEncoderConfig, VQGANConfig
 from dalle_demo.models.packed import PackedLinear, can_pack, is_stored, pack, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
-from dalle_demo.models.vqgan import VQGAN
+from dalle_demo.models.vqgan import VQGAN, fold_upsampling
 
 FORMATS = ("float32", "float16", "bfloat16")  # of the Transformer's weights; on a processor float16 computes in fp32
 MEASURED_STEPS = 6
@@ -90,12 +91,19 @@ def place_vqgan(module: nn.Module, form: str, device: torch.device) -> nn.Module
 
     Its activations overflow fp16.
     """
+    fold_upsampling(module.decoder)
     return module.to(device, pixel_type(form))
 
 
 def pixel_type(form: str) -> torch.dtype:
     """Type of the VQGAN's activations."""
     return torch.bfloat16 if form == "bfloat16" else torch.float32
+
+
+def give_back_memory() -> None:
+    """Let the C library return what has been freed, where it can: glibc keeps 0.1 GiB of what loading Mini took."""
+    if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def fastest_format(config: ImageDecoderConfig, device: torch.device) -> str:
@@ -140,14 +148,14 @@ def memory_needed(config: DalleConfig) -> int:
     sizes, vqgan = config.image_decoder, config.vqgan
     cache = MAX_IMAGES * 2 * 2 * sizes.layers * sizes.length * sizes.width  # keys and values, with guidance
     pixels = 8 * vqgan.channels * (vqgan.image_size // vqgan.patch) ** 2  # live feature maps
-    largest = max(parameter.numel() for parameter in _meta(config.text_encoder).parameters())  # converted when read
+    largest = max(_sizes(config.text_encoder))  # of its weights, which are converted when read
     return weight_memory(config) + 4 * (cache + pixels + largest) + PROCESS
 
 
 def weight_memory(config: DalleConfig) -> int:
     """Bytes of a loaded model's weights on the processor; those of a large text encoder stay in their file."""
     half = can_pack() or has_native_bf16()
-    return _count(_meta(config.image_decoder)) * (2 if half else 4) + _count(_meta(config.vqgan)) * 4
+    return sum(_sizes(config.image_decoder)) * (2 if half else 4) + sum(_sizes(config.vqgan)) * 4
 
 
 def seconds_per_image(config: DalleConfig) -> float:
@@ -156,7 +164,7 @@ def seconds_per_image(config: DalleConfig) -> float:
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         vqgan.decode(torch.empty(1, config.vqgan.codebook_dim, config.vqgan.grid, config.vqgan.grid))
     seconds_per_weight, seconds_per_flop = _speeds()
-    step = _count(_meta(sizes)) * seconds_per_weight + sizes.layers * SECONDS_PER_LAYER
+    step = sum(_sizes(sizes)) * seconds_per_weight + sizes.layers * SECONDS_PER_LAYER
     return sizes.length * step + counter.get_total_flops() * seconds_per_flop
 
 
@@ -190,8 +198,10 @@ def _meta(config: ImageDecoderConfig | TextEncoderConfig | VQGANConfig) -> nn.Mo
         return kinds[type(config)](config)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+@cache
+def _sizes(config: ImageDecoderConfig | TextEncoderConfig | VQGANConfig) -> list[int]:
+    """Numbers of weights in each tensor of a module, which takes a while to build even without memory."""
+    return [parameter.numel() for parameter in _meta(config).parameters()]
 
 
 def thread_counts() -> list[int]:

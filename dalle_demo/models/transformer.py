@@ -29,11 +29,6 @@ class FeedForward(nn.Module):
         return self.out(self.norm_hidden(F.gelu(gate) * value))
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, S, D) -> (B, nh, S, hd)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     """softmax(Q K^T / sqrt(hd)) V, heads joined again: (B, nh, S, hd) -> (B, S, D)."""
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
@@ -50,10 +45,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.norm_out = nn.LayerNorm(width)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, nh, S, hd)."""
-        q, k, v = self.qkv(self.norm_in(x)).chunk(3, -1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (3, B, nh, S, hd)."""
+        return self.qkv(self.norm_in(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def join(self, attended: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -76,14 +70,13 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.norm_out = nn.LayerNorm(width)
 
-    def project_text(self, text_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, nh, T, hd)."""
-        k, v = self.kv(text_states).chunk(2, -1)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
+    def project_text(self, text_states: Tensor) -> Tensor:
+        """Keys and values (2, B, nh, T, hd)."""
+        return self.kv(text_states).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def project(self, x: Tensor) -> Tensor:
         """Queries (B, nh, S, hd)."""
-        return split_heads(self.q(self.norm_in(x)), self.heads)
+        return self.q(self.norm_in(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def join(self, attended: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -136,26 +129,25 @@ ROWS = 4
 
 
 def fill_up(rows: Tensor) -> Tensor:
-    """(B, ...) -> (B', ...): the first row again, up to a multiple of ROWS."""
+    """(B, 1, D) -> (B', 1, D): rows of zeros up to a multiple of ROWS."""
     missing = -len(rows) % ROWS
-    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
+    return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 class KVCache:
-    """Keys and values of one batch in flight, allocated once: self (L, B, nh, N, hd), text (L, B, nh, T, hd)."""
+    """Keys and values of one batch in flight, of each layer: self (2, B, nh, N, hd), allocated once, and text."""
 
-    def __init__(self, text_keys: list[Tensor], text_values: list[Tensor], text_mask: Tensor, length: int):
-        self.text_keys, self.text_values = text_keys, text_values
-        self.text_mask = text_mask[:, None, None]  # (B, 1, 1, T)
-        self.batch, heads, _, width = text_keys[0].shape
-        self.keys = text_keys[0].new_empty(len(text_keys), self.batch, heads, length, width)
-        self.values = torch.empty_like(self.keys)
+    def __init__(self, text: list[Tensor], text_mask: Tensor, length: int):
+        self.text = text
+        _, self.batch, heads, _, width = text[0].shape
+        self.layers = [layer.new_empty(2, self.batch, heads, length, width) for layer in text]
+        self.text_bias = torch.zeros_like(text_mask, dtype=text[0].dtype).masked_fill(~text_mask, -torch.inf)
+        self.text_bias = self.text_bias[:, None, None]  # (B, 1, 1, T)
 
-    def append(self, layer: int, position: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this position's k and v (B, nh, 1, hd); return those of all positions up to it."""
-        self.keys[layer, :, :, position] = k[:, :, 0]
-        self.values[layer, :, :, position] = v[:, :, 0]
-        return self.keys[layer, :, :, : position + 1], self.values[layer, :, :, : position + 1]
+    def append(self, layer: int, position: int, keys_and_values: Tensor) -> Tensor:
+        """Store those (2, B, nh, 1, hd) of this position; return those of all positions up to it."""
+        self.layers[layer][:, :, :, position] = keys_and_values[:, :, :, 0]
+        return self.layers[layer][:, :, :, : position + 1]
 
 
 class DecoderLayer(nn.Module):
@@ -175,10 +167,11 @@ class DecoderLayer(nn.Module):
 
     def step(self, x: Tensor, cache: KVCache, layer: int, position: int) -> Tensor:
         """One position, given the cache: (B', 1, D) -> (B', 1, D); only the first B rows are attended to."""
-        q, k, v = (part[: cache.batch] for part in self.self_attention.project(x))
-        x = x + self.self_attention.join(fill_up(attend(q, *cache.append(layer, position, k, v))))
+        qkv = self.self_attention.project(x)[:, : cache.batch]
+        attended = attend(qkv[0], *cache.append(layer, position, qkv[1:]))
+        x = x + self.self_attention.join(fill_up(attended))
         q = self.cross_attention.project(x)[: cache.batch]
-        attended = attend(q, cache.text_keys[layer], cache.text_values[layer], attn_mask=cache.text_mask)
+        attended = attend(q, *cache.text[layer], attn_mask=cache.text_bias)
         x = x + self.cross_attention.join(fill_up(attended))
         return x + self.feed_forward(x)
 
@@ -213,9 +206,9 @@ class ImageDecoder(nn.Module):
 
     def prefill(self, text_states: Float[Tensor, "P T D"], text_mask: Bool[Tensor, "P T"], copies: int = 1) -> KVCache:
         """Compute what every step needs of the prompts, once each, and allocate a cache of B = P x copies rows."""
-        keys, values = zip(*(layer.cross_attention.project_text(text_states) for layer in self.layers), strict=True)
-        rows = [[part.repeat_interleave(copies, 0) for part in parts] for parts in (keys, values)]
-        return KVCache(*rows, text_mask.repeat_interleave(copies, 0), self.length)
+        text = [layer.cross_attention.project_text(text_states) for layer in self.layers]
+        rows = [part.repeat_interleave(copies, 1) for part in text]
+        return KVCache(rows, text_mask.repeat_interleave(copies, 0), self.length)
 
     def step(self, image_tokens: Int[Tensor, " B"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
         """Logits at `position`, whose input is `image_tokens`: BOS at 0, then the token of position - 1."""

@@ -104,6 +104,28 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class FoldedUpsample(nn.Module):
+    """Upsample as one transposed convolution: equal neighbours are multiplied once, 16 products for 36."""
+
+    def __init__(self, upsample: Upsample):
+        super().__init__()
+        kernel = F.pad(upsample.conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (C, C', 5, 5)
+        rows = kernel[:, :, 1:] + kernel[:, :, :-1]
+        self.weight = nn.Parameter(rows[..., 1:] + rows[..., :-1], requires_grad=False)  # (C, C', 4, 4)
+        self.bias = upsample.conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+
+
+def fold_upsampling(decoder: "Decoder") -> None:
+    """Replace each Upsample, for drawing: twice as fast, and equal but for rounding."""
+    for level in decoder.up:
+        if isinstance(getattr(level, "upsample", None), Upsample):
+            level.upsample = FoldedUpsample(level.upsample)
+
+
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where the config asks for it."""
 
