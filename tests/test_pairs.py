@@ -24,27 +24,20 @@ ROW = {
 }
 
 
-def captions(row: dict, background: str | None, count: int = 3000) -> list[str]:
-    return [caption(row, background, np.random.default_rng(i)) for i in range(count)]
+def captions(row: dict, count: int = 3000) -> list[str]:
+    return [caption(row, np.random.default_rng(i)) for i in range(count)]
 
 
 def is_chinese(text: str) -> bool:
     return re.search("[\u4e00-\u9fff]", text) is not None
 
 
-@pytest.mark.parametrize("background", BACKGROUNDS)
-def test_background_is_always_told(background):
-    chinese = BACKGROUNDS[background][0]
-    for text in captions(ROW, background, 300):
-        assert text.endswith(f" on a {background} background") or text.startswith(f"{chinese}背景的")
-
-
-def test_white_is_never_told():
-    assert not [text for text in captions(ROW, None) if "background" in text or "背景" in text]
+def test_no_background_is_told_where_there_is_none():
+    assert not [text for text in captions(ROW) if "background" in text or "背景" in text]
 
 
 def test_languages_do_not_mix():
-    texts = captions(ROW, "red")
+    texts = captions(ROW)
     share = sum(map(is_chinese, texts)) / len(texts)
     assert 0.15 < share < 0.25
     for text in texts:
@@ -54,7 +47,7 @@ def test_languages_do_not_mix():
 
 @pytest.mark.parametrize("chinese", [False, True])
 def test_all_that_is_known_is_said_sometimes(chinese):
-    texts = [text for text in captions(ROW, None) if is_chinese(text) == chinese]
+    texts = [text for text in captions(ROW) if is_chinese(text) == chinese]
     words = (
         ("红苹果", "水果", "熟", "扁平风格的") if chinese else ("red apple", "fruit", "ripe", "flat", "a picture of a ")
     )
@@ -65,18 +58,18 @@ def test_all_that_is_known_is_said_sometimes(chinese):
 
 
 def test_style_words_come_in_a_share_of_captions():
-    share = sum("flat" in text or "扁平" in text for text in captions(ROW, None)) / 3000
+    share = sum("flat" in text or "扁平" in text for text in captions(ROW)) / 3000
     assert 0.45 < share < 0.55
 
 
 def test_rows_without_chinese_or_keywords_have_captions():
-    for text in captions(ROW | {"name_zh": "", "keywords_zh": [], "keywords": []}, None, 500):
+    for text in captions(ROW | {"name_zh": "", "keywords_zh": [], "keywords": []}, 500):
         assert text
         assert not is_chinese(text)
 
 
 def test_captions_follow_from_the_generator():
-    assert captions(ROW, "blue", 50) == captions(ROW, "blue", 50)
+    assert captions(ROW, 50) == captions(ROW, 50)
 
 
 def of_rows(rows: list[dict]) -> Pairs:

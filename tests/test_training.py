@@ -20,7 +20,13 @@ from train_tiny import BATCH, make_plan, make_stage
 from dalle_demo.engines import DalleEngine
 from dalle_demo.training import loop, stages
 from dalle_demo.training.loop import Plan, Workers, make_optimizers, schedule, train, update_ema
-from dalle_demo.training.losses import PerceptualLoss, distillation_loss, token_loss
+from dalle_demo.training.losses import (
+    adaptive_weight,
+    discriminator_loss,
+    distillation_loss,
+    generator_loss,
+    token_loss,
+)
 from dalle_demo.weights import load_part, load_tokenizer
 
 DRIVER = Path(__file__).with_name("train_tiny.py")
@@ -193,7 +199,7 @@ def test_each_pass_over_the_data_is_another_permutation():
     assert stages.shuffled(indices, 1, range(20)).tolist() != stages.shuffled(indices, 0, range(20)).tolist()
 
 
-@pytest.mark.parametrize("name", ["vqgan", "dalle"])
+@pytest.mark.parametrize("name", ["vqgan", "sharpen", "dalle"])
 def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, tmp_path, name):
     stage = stage_of(name, tmp_path)(ALONE)
     torch.manual_seed(1)
@@ -205,8 +211,44 @@ def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, tmp_path, name)
         if isinstance(value, torch.Tensor) and key != "text_ids":
             assert torch.equal(torch.cat([part[key] for part in parts]), value), key
     assert stage.batch(range(16, 24)).keys() == whole.keys()
-    first = "pixels" if name == "vqgan" else "image_tokens"
+    first = "image_tokens" if name == "dalle" else "pixels"
     assert not torch.equal(stage.batch(range(16, 24))[first], whole[first])
+
+
+def test_sharpening_changes_pictures_and_no_token(stage_of, tmp_path, nano_folder):
+    train(stage_of("sharpen", tmp_path), make_plan(10), tmp_path)
+    before, after = load_part(nano_folder, "vqgan"), load_part(tmp_path / "weights", "vqgan")
+    pixels = stage_of("sharpen", tmp_path)(ALONE).batch(range(4))["pixels"]
+    with torch.no_grad():
+        assert torch.equal(before.encode(pixels), after.encode(pixels))
+        assert not torch.equal(before(pixels)[0], after(pixels)[0])
+
+
+def test_each_player_learns_from_its_own_loss_alone(stage_of, tmp_path):
+    stage = stage_of("sharpen", tmp_path)(ALONE)
+    network, batch = stage.network, stage.batch(range(4))
+    losses = network(**batch)
+    (losses["loss"] - losses["discriminator"]).backward(retain_graph=True)
+    assert not any(p.grad.any() for p in network.discriminator.parameters())
+    decoder = list(network.vqgan.decoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in decoder if p.ndim > 1)
+    network.zero_grad()
+    losses["discriminator"].backward()
+    assert all(p.grad is None for p in decoder)
+    assert all(p.grad.abs().sum() > 0 for p in network.discriminator.parameters() if p.ndim > 1)
+
+
+def test_hinge_losses():
+    real, ours = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert discriminator_loss(real, ours).item() == pytest.approx((0 + 0.5) / 2 + (0 + 1) / 2)
+    assert generator_loss(ours).item() == 1.5
+
+
+def test_adaptive_weight_makes_both_pull_alike():
+    output = torch.randn(5, requires_grad=True)
+    anchor, adversary = 3 * output.sum(), 0.5 * (2 * output).sum()
+    assert adaptive_weight(anchor, adversary, output).item() == pytest.approx(3.0)
+    assert adaptive_weight(anchor, 0 * output.sum(), output).item() == 10
 
 
 def test_vqgan_samples_are_pictures_in_range(stage_of, tmp_path):
@@ -240,13 +282,19 @@ def test_dalle_never_trains_on_held_out_drawings(stage_of, tmp_path):
     assert len(seen) + len(stage.held_out) == len(stage.pairs)
 
 
-def test_dalle_targets_are_the_tokens_of_the_renders(stage_of, tmp_path):
+def test_dalle_targets_are_tokens_of_drawings_and_of_scenes(stage_of, tmp_path, monkeypatch):
     stage = stage_of("dalle", tmp_path)(ALONE)
     pixels = stages.plain_render(stage.pairs, np.arange(5), 32)
-    assert np.array_equal(stage.vqgan.encode(pixels).numpy(), stage.tokens[:5, 0])
-    assert stage.tokens.shape == (24, len(stages.RENDERS), 16)
-    for other in range(1, len(stages.RENDERS)):
-        assert (stage.tokens[:, 0] != stage.tokens[:, other]).any()
+    assert np.array_equal(stage.vqgan.encode(pixels).numpy(), stage.tokens[:5])
+    assert stage.tokens.shape == (24, 16)
+    plain = {tuple(row) for row in stage.tokens.tolist()}
+    share = np.mean([tuple(row) in plain for row in stage.batch(range(200))["image_tokens"].tolist()])
+    assert 0.5 < share < 0.75
+    monkeypatch.setattr(stages, "SCENE_SHARE", 1.0)
+    rng = stages.sample_rng(7, 1)
+    rng.random()  # whether it is a scene
+    tokens = stage.vqgan.encode(stages.resize(stage.scenes.render([stage.scenes.draw(3, rng)]), 32))
+    assert np.array_equal(tokens[0].numpy(), stage._sample(stages.sample_rng(7, 1), 3)[1])
 
 
 def test_neighbours_differ_by_one_step_in_one_digit():

@@ -29,11 +29,13 @@ def make_plan(steps: int, checkpoint_minutes: float = 1e9) -> Plan:
 def make_stage(
     name: str, data: Path, out: Path, weights: Path, trace: Path | None = None
 ) -> Callable[[Workers], object]:
-    """Maker of a tiny stage; `weights` holds the VQGAN and text encoder that the stage `dalle` builds on."""
+    """Maker of a tiny stage; `weights` holds the VQGAN and text encoder that the stages `sharpen` and `dalle` build on."""
 
     def make(workers: Workers):
         if name == "vqgan":
             stage = stages.VQGANStage(data, tiny_config().vqgan)
+        elif name == "sharpen":
+            stage = stages.SharpenStage(data, tiny_config().vqgan, weights)
         elif name == "text":
             stage = stages.TextStage(data, tiny_config().text_encoder, out, workers, seed=5)
         else:

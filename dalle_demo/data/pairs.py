@@ -67,24 +67,14 @@ def split(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(share >= HELD_OUT_SHARE), np.flatnonzero(share < HELD_OUT_SHARE)
 
 
-def caption(row: dict, background: str | None, rng: np.random.Generator) -> str:
-    """Draw one caption: name, keywords or the emoji itself; English or Chinese; with or without style words.
-
-    The background is always told when it is a colour, since nothing else in the caption could explain it.
-    """
+def caption(row: dict, rng: np.random.Generator) -> str:
+    """Draw one caption: name, keywords or the emoji itself; English or Chinese; with or without style words."""
     chinese = rng.random() < 0.2 and bool(row["name_zh"])
     name = _name(row, chinese, rng)
     if rng.random() < 0.5:
-        name = (
-            f"{row['style_zh']}风格的{name}"
-            if chinese
-            else _pick(STYLE_TEMPLATES, rng).format(style=row["style"], name=name)
-        )
-    elif not chinese:
-        name = _pick(TEMPLATES, rng).format(name)
-    if background is None:
-        return name
-    return f"{BACKGROUNDS[background][0]}背景的{name}" if chinese else f"{name} on a {background} background"
+        styled = _pick(STYLE_TEMPLATES, rng).format(style=row["style"], name=name)
+        return f"{row['style_zh']}风格的{name}" if chinese else styled
+    return name if chinese else _pick(TEMPLATES, rng).format(name)
 
 
 def _name(row: dict, chinese: bool, rng: np.random.Generator) -> str:
@@ -123,6 +113,31 @@ def all_captions(pairs: Pairs) -> list[tuple[str, str]]:
     return sorted(texts.items())
 
 
+def place(
+    pictures: UInt8[Tensor, "B S S 4"],
+    zoom: Float[Tensor, " B"],
+    shift: Float[Tensor, "B 2"],
+    flip: Tensor | None = None,
+) -> Float[Tensor, "B 4 S S"]:
+    """Scale each cut-out by `zoom` and move it by `shift` (1 is half a side); returns RGBA in 0..255 and 0..1.
+
+    Colours are premultiplied, so that edges blend without dark fringes.
+    """
+    x = pictures.permute(0, 3, 1, 2).float()
+    alpha = x[:, 3:] / 255
+    turn = torch.zeros(len(x), 2, 3)
+    turn[:, 0, 0] = 1 / zoom if flip is None else torch.where(flip, -1 / zoom, 1 / zoom)
+    turn[:, 1, 1] = 1 / zoom
+    turn[:, :, 2] = -shift / zoom[:, None]
+    grid = F.affine_grid(turn, list(x.shape), align_corners=False)
+    return F.grid_sample(torch.cat([x[:, :3] * alpha, alpha], 1), grid, align_corners=False)
+
+
+def lay(ink: Float[Tensor, "B 4 S S"], below: Float[Tensor, "B 3 #S #S"]) -> Float[Tensor, "B 3 S S"]:
+    """Lay placed cut-outs over opaque colours, 0..255."""
+    return ink[:, :3] + below * (1 - ink[:, 3:])
+
+
 def render(
     pictures: UInt8[Tensor, "B S S 4"],
     colours: Float[Tensor, "B 3"],
@@ -130,18 +145,8 @@ def render(
     shift: Float[Tensor, "B 2"],
     flip: Tensor | None = None,
 ) -> Float[Tensor, "B 3 S S"]:
-    """Lay each cut-out on its background colour (0..255), scaled by `zoom`, moved by `shift` (1 is half a side).
+    """Lay each cut-out, placed as `place` says, on its background colour (0..255).
 
     Returns pixels in [-1, 1].
     """
-    x = pictures.permute(0, 3, 1, 2).float()
-    alpha = x[:, 3:] / 255
-    ink = torch.cat([x[:, :3] * alpha, alpha], 1)  # premultiplied, so that edges blend without dark fringes
-    turn = torch.zeros(len(x), 2, 3)
-    turn[:, 0, 0] = 1 / zoom if flip is None else torch.where(flip, -1 / zoom, 1 / zoom)
-    turn[:, 1, 1] = 1 / zoom
-    turn[:, :, 2] = -shift / zoom[:, None]
-    grid = F.affine_grid(turn, list(ink.shape), align_corners=False)
-    ink = F.grid_sample(ink, grid, align_corners=False)
-    pixels = ink[:, :3] + colours[:, :, None, None] * (1 - ink[:, 3:])
-    return pixels / 127.5 - 1
+    return lay(place(pictures, zoom, shift, flip), colours[:, :, None, None]) / 127.5 - 1

@@ -60,3 +60,20 @@ def token_loss(logits: Float[Tensor, "B N V"], image_tokens: Int[Tensor, "B N"])
 def distillation_loss(student: Float[Tensor, "B E"], teacher: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
     """One minus the cosine between the student's sentence vector and the teacher's."""
     return 1 - F.cosine_similarity(student, teacher).mean()
+
+
+def discriminator_loss(real: Tensor, ours: Tensor) -> Float[Tensor, ""]:
+    """Hinge: scores of real pictures above 1, of ours below -1 (Lim & Ye 2017)."""
+    return F.relu(1 - real).mean() + F.relu(1 + ours).mean()
+
+
+def generator_loss(ours: Tensor) -> Float[Tensor, ""]:
+    """Hinge: scores of our pictures as high as can be."""
+    return -ours.mean()
+
+
+def adaptive_weight(anchor: Tensor, adversary: Tensor, output: Tensor, most: float = 10.0) -> Float[Tensor, ""]:
+    """Weight that makes the second loss pull as hard on `output` as the first (Esser et al. 2021, equation 7)."""
+    (pull,) = torch.autograd.grad(anchor, output, retain_graph=True)
+    (push,) = torch.autograd.grad(adversary, output, retain_graph=True)
+    return (pull.norm() / (push.norm() + 1e-8)).clamp(max=most)

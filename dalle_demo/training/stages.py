@@ -1,6 +1,6 @@
-"""data set folder -> batches and losses: what each of the three stages trains, in the order they are run.
+"""data set folder -> batches and losses: what each of the four stages trains, in the order they are run.
 
-vqgan: pixels -> tokens -> pixels. text: phrases -> vectors of a public sentence encoder. dalle: captions -> tokens.
+vqgan: pixels -> tokens -> pixels. sharpen: tokens -> pixels, against a discriminator. text: phrases -> vectors of a public sentence encoder. dalle: captions -> tokens.
 Sample number i of a run is made from (seed, i) alone, whatever process makes it; only the place of the perceptual crop
 is drawn once for all samples of a process.
 """
@@ -14,19 +14,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dalle_demo.config import DalleConfig, TextEncoderConfig, VQGANConfig
 from dalle_demo.data import pairs as pairs_data
-from dalle_demo.data.pairs import BACKGROUNDS, WHITE, Pairs, render
+from dalle_demo.data.pairs import WHITE, Pairs, render
+from dalle_demo.data.scenes import Scenes
+from dalle_demo.models.discriminator import PatchDiscriminator
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import PAD, Tokenizer
 from dalle_demo.training.loop import Workers
-from dalle_demo.training.losses import PerceptualLoss, distillation_loss, token_loss
+from dalle_demo.training.losses import (
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_loss,
+    distillation_loss,
+    generator_loss,
+    token_loss,
+)
 from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_config, stored_hash
 
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels
+ADVERSARIAL_WEIGHT = 0.1  # of the discriminator's pull, where the other losses' is 1
 COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
 # At most these shares of a sample's input tokens are replaced by neighbours in code space, and by any codes. Sampling
 # makes mistakes that training must have seen. And a decoder that can trust the tokens before knows a picture by them,
@@ -36,8 +47,7 @@ VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn a quarter as often as everything else
-RENDERS = ("plain", "coloured background")  # of each drawing; their tokens are computed once
-RENDER_SHARES = (0.9, 0.1)
+SCENE_SHARE = 0.4  # of samples composed afresh; the others are drawings as they are, whose tokens are computed once
 
 
 def sample_rng(seed: int, sample: int) -> np.random.Generator:
@@ -124,11 +134,52 @@ class VQGANObjective(nn.Module):
     def forward(self, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
         """Losses of one batch."""
         ours, _, quantizer = self.vqgan(pixels)
-        ours = ours.float()
+        losses = self.compare(ours.float(), pixels, top, left)
+        return losses | {"loss": losses["loss"] + quantizer}
+
+    def compare(self, ours: Tensor, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
+        """Losses of reconstructions."""
         pixel = F.l1_loss(ours, pixels)
         perceptual = self._perceptual[0](ours, pixels, top, left)
-        loss = pixel + PERCEPTUAL_WEIGHT * perceptual + quantizer
-        return {"loss": loss, "pixel": pixel, "perceptual": perceptual}
+        return {"loss": pixel + PERCEPTUAL_WEIGHT * perceptual, "pixel": pixel, "perceptual": perceptual}
+
+
+class SharpenStage(VQGANStage):
+    """Train the decoder of a finished VQGAN on, at fixed tokens, against a discriminator.
+
+    What L1 averages into a blur becomes an edge. The tokens of every picture stay, so an image decoder that was trained
+    on them draws with the new VQGAN as it did with the old one.
+    """
+
+    def __init__(self, data: Path, config: VQGANConfig, vqgan: Path, seed: int = 0):
+        super().__init__(data, config, seed)
+        if stored_config(vqgan, "vqgan") != config:
+            raise ValueError(f"{vqgan} holds a vqgan of other sizes than --preset")
+        self.made_from["--vqgan"] = stored_hash(vqgan, "vqgan")
+        self.network = SharpenObjective(load_part(vqgan, "vqgan"))
+
+
+class SharpenObjective(VQGANObjective):
+    """VQGANObjective's comparison plus the adversarial loss, and the discriminator's own beside it."""
+
+    def __init__(self, vqgan: VQGAN):
+        super().__init__(vqgan.train().requires_grad_(True))
+        for fixed in (vqgan.encoder, vqgan.quant_conv):
+            fixed.requires_grad_(False)
+        self.discriminator = PatchDiscriminator()
+
+    def forward(self, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
+        """Losses of one batch; one backward pass serves both players, each of whom sees the other as it is."""
+        with torch.no_grad():
+            z_q = self.vqgan.quantizer(self.vqgan.quant_conv(self.vqgan.encoder(pixels)))[0]
+        ours = self.vqgan.decode(z_q).float()
+        losses = self.compare(ours, pixels, top, left)
+        judge = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        adversarial = generator_loss(functional_call(self.discriminator, judge, (ours,)))
+        weight = ADVERSARIAL_WEIGHT * adaptive_weight(losses["loss"], adversarial, ours)
+        critic = discriminator_loss(self.discriminator(pixels), self.discriminator(ours.detach()))
+        loss = losses["loss"] + weight * adversarial + critic
+        return losses | {"loss": loss, "adversarial": adversarial, "weight": weight, "discriminator": critic}
 
 
 def plain_render(pairs: Pairs, indices: np.ndarray, size: int) -> Tensor:
@@ -245,43 +296,40 @@ class DalleStage:
         }
         self.vqgan: VQGAN = load_part(vqgan, "vqgan")
         self.tokenizer = load_tokenizer(text)
-        self.backgrounds = [
-            list(BACKGROUNDS)[sample_rng(seed, i).integers(len(BACKGROUNDS))] for i in range(len(self.pairs))
-        ]
-        cache = out / f"tokens-{digest(self.made_from | {'renders': repr(RENDERS)})}.npy"
-        self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, R, N)
+        self.scenes = Scenes(self.pairs, self.training)
+        cache = out / f"tokens-{digest(self.made_from)}.npy"
+        self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, N)
         torch.manual_seed(seed)
         self.network = DalleObjective(
             load_part(text, "text_encoder").train().requires_grad_(True), ImageDecoder(config.image_decoder)
         )
 
-    @torch.inference_mode()
     def _tokenise(self, rows: range) -> np.ndarray:
-        """Tokens (B, R, N) of every render of the given pictures."""
-        chunks = [self._tokens_of(rows[start : start + 32]) for start in range(0, len(rows), 32)]
-        return np.concatenate(chunks)
-
-    def _tokens_of(self, rows: range) -> np.ndarray:
-        pictures, count = self.pairs.pictures(np.array(rows)), len(rows)
-        white, whole, still = torch.full((count, 3), 255.0), torch.ones(count), torch.zeros(count, 2)
-        coloured = torch.tensor([BACKGROUNDS[self.backgrounds[i]][1] for i in rows], dtype=torch.float32)
-        renders = render(pictures, white, whole, still), render(pictures, coloured, 0.9 * whole, still)
+        """Tokens (B, N) of the given drawings as they are."""
+        chunks = [np.array(rows[start : start + 32]) for start in range(0, len(rows), 32)]
         size = self.config.vqgan.image_size
-        return torch.stack([self.vqgan.encode(resize(pixels, size)) for pixels in renders], 1).to(torch.int32).numpy()
+        return np.concatenate([self._encode(plain_render(self.pairs, chunk, size)) for chunk in chunks])
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> np.ndarray:
+        return self.vqgan.encode(resize(pixels, self.config.vqgan.image_size)).to(torch.int32).numpy()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
         indices = shuffled(self.training, self.seed, samples)
-        captions, rows, noisy = [], [], []
-        for sample, i in zip(samples, indices, strict=True):
-            rng = sample_rng(self.seed, sample)
-            kind = rng.choice(len(RENDERS), p=RENDER_SHARES)
-            background = self.backgrounds[i] if RENDERS[kind] == "coloured background" else None
-            caption = pairs_data.caption(self.pairs.rows[i], background, rng)
-            captions.append("" if rng.random() < COND_DROP_PROB else caption)
-            rows.append(self.tokens[i, kind])
-            noisy.append(disturb(rows[-1], self.config.vqgan, rng))
-        return self._batch(captions, np.stack(rows), np.stack(noisy))
+        drawn = [self._sample(sample_rng(self.seed, sample), i) for sample, i in zip(samples, indices, strict=True)]
+        captions, rows, noisy = zip(*drawn, strict=True)
+        return self._batch(list(captions), np.stack(rows), np.stack(noisy))
+
+    def _sample(self, rng: np.random.Generator, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """Caption, tokens and disturbed tokens of one sample."""
+        if rng.random() < SCENE_SHARE:
+            scene = self.scenes.draw(index, rng)
+            caption, tokens = scene.caption, self._encode(self.scenes.render([scene]))[0]
+        else:
+            caption, tokens = pairs_data.caption(self.pairs.rows[index], rng), self.tokens[index]
+        caption = "" if rng.random() < COND_DROP_PROB else caption
+        return caption, tokens, disturb(tokens, self.config.vqgan, rng)
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
         text_ids = self.tokenizer.batch(captions, self.config.text_encoder.length)
@@ -297,7 +345,7 @@ class DalleStage:
             return {}
         rows = [self.pairs.rows[i] for i in self.held_out]
         captions = [f"{row['style']} {row['name']}" for row in rows]
-        tokens = self.tokens[self.held_out, 0]
+        tokens = self.tokens[self.held_out]
         return {"validation_loss": network(**self._batch(captions, tokens, tokens))["loss"].item()}
 
     def export(self, network: nn.Module, folder: Path) -> None:
