@@ -1,0 +1,1 @@
+"""pictures -> figures: features, metrics on them, and attributes measured by program."""
