@@ -39,8 +39,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", default=preset, metavar="FOLDER_OR_REPO", help=what)
     parser.add_argument("--device", help="cpu, cuda or mps (default: a graphics card if there is one)")
     parser.add_argument("--host", help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT or the first free one from 7860")
+    given = os.environ.get("GRADIO_SERVER_PORT")
+    what = "default: GRADIO_SERVER_PORT or the first free one from 7860"
+    parser.add_argument("--port", type=port, default=given, help=what)
     return parser.parse_args()
+
+
+def port(text: str) -> int:
+    """Number of a port."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65535, not {text}")
+    return int(text)
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -54,7 +63,12 @@ def serve(args: argparse.Namespace) -> None:
 
     page, options = build(shelf)
     options |= {"server_name": args.host, "server_port": args.port}
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
+    try:
+        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
+    except OSError as error:  # whose sentence tells how to call gradio
+        where = f"port {args.port or 'from 7860 to 7959'}" + (f" of {args.host}" if args.host else "")
+        advice = "give another --port" + (", or a --host that this computer has" if args.host else "")
+        raise OSError(f"cannot listen on {where}, which another program may have: {advice}") from error
     print(f"{shelf.home} is served at {url}", flush=True)
     shelf.models()  # measures what the first visitor would otherwise wait for
     page.block_thread()

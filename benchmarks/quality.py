@@ -195,20 +195,6 @@ class Bench:
         return int(rng.choice(options or sorted(training)))
 
 
-_features: dict[
-    int, tuple[np.ndarray, np.ndarray]
-] = {}  # by id of a picture, which is kept so that the id stays its own
-
-
-def cached(encoder: Encoder, pictures: list[np.ndarray]) -> np.ndarray:
-    """Features of pictures, each computed once."""
-    new = list({id(picture): picture for picture in pictures if id(picture) not in _features}.values())
-    if new:
-        for picture, row in zip(new, encoder(new), strict=True):
-            _features[id(picture)] = (picture, row)
-    return np.stack([_features[id(picture)][1] for picture in pictures])
-
-
 def languages(asked: list[dict]) -> dict[str, np.ndarray]:
     """Parts of a group: both languages apart where there are both."""
     chinese = np.array([bool(one.get("chinese")) for one in asked])

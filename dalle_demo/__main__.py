@@ -9,13 +9,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dalle_demo.config import PRESETS, SOURCES, GenerateParams, ParamError, is_whole
+from dalle_demo.config import PRESETS, SOURCES, GenerateParams, ParamError, is_whole, short
 
 if TYPE_CHECKING:
     from dalle_demo.engines import DalleEngine
 
-LEARNING_RATES = {"vqgan": 6e-4, "text": 1e-3, "dalle": 1e-3}
-BATCHES = {"vqgan": 16, "text": 256, "dalle": 32}
+LEARNING_RATES = {"vqgan": 6e-4, "sharpen": 1e-4, "text": 1e-3, "dalle": 1e-3}
+BATCHES = {"vqgan": 16, "sharpen": 16, "text": 256, "dalle": 32}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,12 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ModuleNotFoundError as error:
-        needs = "requirements-train.txt" if options.run in (run_train, run_data) else "requirements.txt"
+        needs = "requirements-train.txt" if options.run in (run_train, run_finetune, run_data) else "requirements.txt"
         print(f"error: {error.name} is not installed here: .venv/bin/pip install -r {needs}", file=sys.stderr)
     except KeyboardInterrupt as stop:
         print(stop if stop.args else "stopped", file=sys.stderr)
-    except (ValueError, OSError) as error:  # WeightsError and ParamError are ValueErrors
+    except ValueError as error:  # as WeightsError and ParamError are
         print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        what = error.strerror or str(error)
+        print(f"error: {error.filename}: {what}" if error.filename else f"error: {what}", file=sys.stderr)
     return 2
 
 
@@ -48,9 +51,8 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     """python -m dalle_demo generate PROMPT --out DIR; a flag for every field of GenerateParams."""
     command.add_argument("prompt", nargs="?", help='what to draw, such as "a red apple"')
     command.add_argument("--prompts", help="file with a prompt a line instead, - for standard input")
-    command.add_argument(
-        "--again", type=Path, metavar="PNG", help="draw a picture made here once more, from its own settings"
-    )
+    again = "draw a picture or grid made here once more, from its own settings, which other flags override"
+    command.add_argument("--again", type=Path, metavar="PNG", help=again)
     command.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     command.add_argument("--preset", help="preset, or folder with weights (default: nano, or what drew the PNG)")
     command.add_argument("--device", help="cpu, cuda or mps (default: a graphics card if there is one)")
@@ -60,8 +62,17 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         if spec.name != "prompt":
             kind = int if is_whole(spec) else float
             flag = "--" + spec.name.replace("_", "-")
-            command.add_argument(flag, type=kind, help=spec.metadata["help"].replace("%", "%%"))
+            command.add_argument(flag, type=kind, help=setting_help(spec).replace("%", "%%"))
     command.set_defaults(run=run_generate)
+
+
+def setting_help(spec: dataclasses.Field) -> str:
+    """What a setting does, its range and its defaults, of which presets have their own."""
+    values = {name: config.defaults.get(spec.name, spec.default) for name, config in PRESETS.items()}
+    own = [f", {name} {short(value)}" for name, value in values.items() if value != spec.default]
+    default = "random" if spec.default is None else short(spec.default)
+    low, high = short(spec.metadata["low"]), short(spec.metadata["high"])
+    return f"{spec.metadata['help']} From {low} to {high}; default {default}{''.join(own)}."
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -75,22 +86,38 @@ def run_generate(options: argparse.Namespace) -> int:
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.again is not None and (options.device or options.format):
         raise ValueError("--again takes device and format from the picture; leave --device and --format out")
+    check_paths(options)
     if options.again is None:
         engine = DalleEngine.load(options.preset or "nano", form=options.format, device=options.device)
     else:
         request, origin = images.read_request(options.again)
+        if strange := request.keys() - {"prompt", *names}:
+            raise ValueError(f"{options.again} has settings that this version lacks: {', '.join(sorted(strange))}")
+        options.grid |= request.get("n", 1) != 1  # a picture of its own is the only one of its request
         settings = request | settings
         options.prompt = settings.pop("prompt")
         engine = DalleEngine.like(origin, options.preset)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for line, prompt in read_prompts(options):
+        where = "" if options.prompts is None else f"line {line}: "
         try:
             draw(engine, line, engine.params(prompt, **settings), options.out, options.grid)
         except ParamError as error:
-            print(f"line {line}: {error}", file=sys.stderr)
+            print(f"{where or 'error: '}{error}", file=sys.stderr)
             failures += 1
+        else:
+            if notice := engine.left_out(prompt):
+                print(f"{where}{notice}", file=sys.stderr)
     return 2 if failures else 0
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Raise ValueError for prompts that are not there and for pictures that would have no place."""
+    if options.prompts not in (None, "-") and not Path(options.prompts).exists():
+        raise ValueError(f"--prompts: there is no file {options.prompts}")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: {options.out} is a file; name a folder, which is made if it is not there")
 
 
 def read_prompts(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
@@ -109,15 +136,12 @@ def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, wi
     from dalle_demo import images
 
     (last,) = engine.generate(params, previews=False)
-    if notice := engine.left_out(params.prompt):
-        print(f"line {line}: {notice}", file=sys.stderr)
-    slug = images.slug(params.prompt)
-    for picture, seed in zip(last.images, last.seeds, strict=True):
-        request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
-        print(images.save_png(picture, out / f"{line:03d}-{slug}-{seed}.png", request, engine.origin))
+    stem = out / f"{line:03d}-{images.slug(params.prompt)}"
+    request = dataclasses.asdict(params) | {"seed": last.seeds[0]}
+    for path in images.save_each(last.images, last.seeds, request, engine.origin, stem):
+        print(path)
     if with_grid:
-        request = dataclasses.asdict(params) | {"seed": last.seeds[0]}
-        path = out / f"{line:03d}-{slug}-{last.seeds[0]}-grid.png"
+        path = stem.with_name(f"{stem.name}-{last.seeds[0]}-grid.png")
         print(images.save_png(images.grid(last.images), path, request, engine.origin))
 
 
@@ -138,11 +162,20 @@ def run_data(options: argparse.Namespace) -> None:
 
 def add_train(command: argparse.ArgumentParser) -> None:
     """python -m dalle_demo train STAGE --data DIR --out RUN."""
-    command.add_argument("stage", choices=["vqgan", "text", "dalle"], help="in this order")
+    stages = command.add_subparsers(required=True, metavar="STAGE")
+    for number, stage in enumerate(BATCHES, start=1):
+        add_stage(stages.add_parser(stage, help=f"a model from scratch, step {number} of {len(BATCHES)}"), stage)
+    add_finetune(stages.add_parser("finetune", help="a finished model, on a few pictures of your own"))
+
+
+def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
+    """python -m dalle_demo train vqgan, sharpen, text or dalle."""
     command.add_argument("--data", type=Path, required=True, help="data set folder")
     command.add_argument("--out", type=Path, required=True, help="run folder: checkpoint, log and weights")
-    command.add_argument("--vqgan", type=Path, help="dalle: weights folder of a vqgan run")
-    command.add_argument("--text", type=Path, help="dalle: weights folder of a text run")
+    if stage in ("sharpen", "dalle"):
+        command.add_argument("--vqgan", type=Path, required=True, help="weights folder of a vqgan or sharpen run")
+    if stage == "dalle":
+        command.add_argument("--text", type=Path, required=True, help="weights folder of a text run")
     command.add_argument("--preset", default="nano", help="sizes of the model")
     command.add_argument("--minutes", type=float, help="train for this long")
     command.add_argument("--steps", type=int, help="train for this many steps, which can be repeated exactly")
@@ -152,7 +185,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     command.add_argument("--checkpoint-minutes", type=float, default=4.0)
     command.add_argument("--resume", action="store_true", help="go on at the last checkpoint in --out, if there is one")
-    command.set_defaults(run=run_train)
+    command.set_defaults(run=run_train, stage=stage)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -169,18 +202,53 @@ def run_train(options: argparse.Namespace) -> None:
         learning_rate=LEARNING_RATES[options.stage] if options.learning_rate is None else options.learning_rate,
         steps=options.steps,
         minutes=options.minutes,
+        betas=(0.5, 0.9) if options.stage == "sharpen" else loop.Plan.betas,  # two players swing with much momentum
         precision=options.precision,
         checkpoint_minutes=options.checkpoint_minutes,
     )
     config, data, out, seed = PRESETS[options.preset], options.data, options.out, options.seed
-    if options.stage == "dalle" and (options.vqgan is None or options.text is None):
-        raise ValueError("train dalle needs --vqgan and --text, the weights folders of those two stages")
     make_stage = {
         "vqgan": lambda workers: stages.VQGANStage(data, config.vqgan, seed),
+        "sharpen": lambda workers: stages.SharpenStage(data, config.vqgan, options.vqgan, seed),
         "text": lambda workers: stages.TextStage(data, config.text_encoder, out, workers, seed),
         "dalle": lambda workers: stages.DalleStage(data, config, options.vqgan, options.text, out, workers, seed),
     }
     loop.train(make_stage[options.stage], plan, out, options.resume)
+
+
+def add_finetune(command: argparse.ArgumentParser) -> None:
+    """python -m dalle_demo train finetune; a flag that is not given has the default of FinetuneSettings."""
+    command.add_argument("--base", help="preset, or folder with weights (default: nano)")
+    command.add_argument("--data", help="folder or zip of pictures with captions, in any of the usual layouts")
+    command.add_argument("--out", type=Path, required=True, help="run folder: log, previews and weights")
+    command.add_argument("--effort", choices=["try", "balanced", "thorough"], help="how long (default: balanced)")
+    command.add_argument("--method", choices=["lora", "full"], help="small matrices or all weights (default: lora)")
+    command.add_argument("--rank", type=int, help="width of the small matrices (default: 16)")
+    command.add_argument("--steps", type=int, help="instead of those of --effort")
+    command.add_argument("--learning-rate", type=float, help="default: that of --method")
+    command.add_argument("--text-encoder", action="store_true", default=None, help="train the text encoder, too")
+    command.add_argument("--prompt", help="what the previews draw (default: a caption)")
+    command.add_argument("--seed", type=int, help="default: 0")
+    command.add_argument("--resume", action="store_true", help="go on in --out, whose settings hold")
+    command.add_argument("--estimate", action="store_true", help="measure three steps, say how long it takes, and end")
+    command.set_defaults(run=run_finetune)
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    """Fine-tune, or only say what that would take."""
+    from dalle_demo.training import finetune
+
+    names = [spec.name for spec in dataclasses.fields(finetune.FinetuneSettings)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.resume and (options.out / "settings.json").exists():
+        given = dataclasses.asdict(finetune.FinetuneSettings.read(options.out)) | given
+    if "data" not in given:
+        raise ValueError("train finetune needs --data, a folder or zip of pictures with captions")
+    settings = finetune.FinetuneSettings(**{"base": "nano"} | given)
+    if options.estimate:
+        print(finetune.estimate(settings))
+    else:
+        finetune.finetune(settings, options.out, options.resume)
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
@@ -208,10 +276,11 @@ def add_weights(command: argparse.ArgumentParser) -> None:
 
 
 def run_list(options: argparse.Namespace) -> None:
-    """A line for all weights that are known; with --check, one more for each that has moved on."""
+    """A line for all weights that are known; with --check, one more for each that was fetched."""
     from dalle_demo import hub, repos
 
-    for entry in repos.listing():
+    entries = repos.listing()
+    for entry in entries:
         size = f"{entry.size / 1e9:.2f} GB" if entry.size >= 1e7 else f"{entry.size / 1e6:.2f} MB"
         size = size if entry.size else "unknown"
         command = f"python -m dalle_demo weights pull {entry.name}"
@@ -225,8 +294,10 @@ def run_list(options: argparse.Namespace) -> None:
             except hub.HubError as error:  # of this one; the next may be there
                 print(f"{'':12} {error}")
                 continue
-            if now != entry.commit:
-                print(f"{'':12} {entry.repo} has moved on to {now[:12]}: weights pull {entry.name} --update follows")
+            follow = f"has moved on to {now[:12]}: weights pull {entry.name} --update follows"
+            print(f"{'':12} {entry.repo} {'is at this commit still' if now == entry.commit else follow}")
+    if options.check and not any(entry.commit for entry in entries):
+        print("nothing to check: none of these was fetched from the Hub")
 
 
 def run_pull(options: argparse.Namespace) -> None:

@@ -102,6 +102,7 @@ class DalleEngine:
         threads: int | None = None,
         form: str | None = None,
         device: str | None = None,
+        change: Callable[[Dalle], Dalle] = lambda model: model,
     ) -> "DalleEngine":
         """Engine for a preset or a folder of weights; raises WeightsError, and ValueError for an unknown format.
 
@@ -110,8 +111,9 @@ class DalleEngine:
             threads: processor threads, measured when None; another number rounds differently in the last bits.
             form: number format of the weights, one of hardware.FORMATS, measured when None.
             device: "cpu", "cuda" or "mps"; a graphics card if there is one when None.
+            change: what is done to the loaded model before it is placed on the device.
         """
-        return cls(load_dalle(preset), threads, form, pick_device(device))
+        return cls(change(load_dalle(preset)), threads, form, pick_device(device))
 
     @classmethod
     def like(cls, origin: Mapping[str, Any], preset: str | None = None) -> "DalleEngine":

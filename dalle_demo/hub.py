@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2  # the client of huggingface_hub, which decides on its version
@@ -37,11 +37,21 @@ STOPPED = f"stopped; {AGAIN}"
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Reason = Literal[
+    "unreachable", "refused", "missing", "unavailable", "truncated", "wrong_hash", "no_room", "disk_full"
+]  # of a download that fails
 UNREACHED = (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL)
 
 
 class HubError(ValueError):
-    """Files that cannot be fetched or sent; the message is one sentence that says what to do, free of secrets."""
+    """Files that cannot be fetched or sent; the message is one sentence that says what to do, free of secrets.
+
+    `reason` and its `values` are for who says it in other words than those of the command line.
+    """
+
+    def __init__(self, message: str, reason: Reason | None = None, **values: float):
+        super().__init__(message)
+        self.reason, self.values = reason, values
 
 
 class StoppedError(Exception):
@@ -128,16 +138,19 @@ def head(repo: str, stop: threading.Event | None = None) -> str:
     return _ask(lambda: _describe(repo, "main")["sha"], repo, stop or threading.Event())
 
 
-def upload(folder: Path, repo: str, patterns: list[str], private: bool) -> str:
+def upload(folder: Path, repo: str, patterns: list[str], private: bool, token: str | None = None) -> str:
     """Send the files of a folder that match `patterns` to a repository, made where there is none; returns its address.
+
+    Args:
+        token: whose repository it is, where not that of whoever started this program.
 
     Raises:
         HubError: also when `private` is asked for and the repository is there already and public.
     """
-    api = HfApi(endpoint=_endpoint())
+    api = HfApi(endpoint=_endpoint(), token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        if private and not _describe(repo, "main")["private"]:
+        if private and not _describe(repo, "main", token)["private"]:
             raise HubError(f"{repo} is there already and public: make it private on the Hub first, or leave --private")
         message = "Add weights in the format of dalle_demo"
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns, commit_message=message)
@@ -210,10 +223,10 @@ def _is_here(path: Path, file: LockedFile) -> bool:
     return path.exists() and path.stat().st_size == file.size
 
 
-def _describe(repo: str, revision: str) -> dict[str, Any]:
+def _describe(repo: str, revision: str, token: str | None = None) -> dict[str, Any]:
     """A commit of a repository, and the size and hash of each file, in the Hub's words."""
     address = f"{_endpoint()}/api/models/{repo}/revision/{revision}"
-    answer = get_session().get(address, params={"blobs": True}, headers=_headers(), timeout=TIMEOUT)
+    answer = get_session().get(address, params={"blobs": True}, headers=_headers(token), timeout=TIMEOUT)
     hf_raise_for_status(answer)
     return answer.json()
 
@@ -255,7 +268,7 @@ def _receive(lock: Lock, name: str, folder: Path, report: Callable[[int], None],
     waits, most = iter(WAITS), _size(part)
     part.touch()
     while _size(part) != file.size:
-        failure = HubError(f"{file.path} of {lock.repo} arrives truncated: {AGAIN}")
+        failure = HubError(f"{file.path} of {lock.repo} arrives truncated: {AGAIN}", "truncated")
         try:
             _append(url, part, file.size, report, stop)
         except (HubError, OSError, *UNREACHED) as error:
@@ -320,7 +333,8 @@ def _verify(part: Path, file: LockedFile, lock: Lock, stop: threading.Event) -> 
         part.unlink()
         raise HubError(
             f"{file.path} of {lock.repo} arrived with another hash than the Hub announced and was deleted: "
-            "the same command fetches it again"
+            "the same command fetches it again",
+            "wrong_hash",
         )
     return sha256.hexdigest()
 
@@ -386,26 +400,33 @@ def _explain(error: Exception, repo: str, verb: str, folder: Path | None = None)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError(f"HF_HUB_OFFLINE is set, so {repo} cannot be reached: unset it to {verb} the Hub")
     if isinstance(error, errors.HfHubHTTPError):
-        return HubError(_explain_status(error, repo, verb))
+        return _explain_status(error, repo, verb)
     if isinstance(error, UNREACHED):
         where = urlsplit(_endpoint()).hostname
-        return HubError(f"cannot reach the Hub at {where} ({type(error).__name__}): check the connection, then {AGAIN}")
+        sentence = f"cannot reach the Hub at {where} ({type(error).__name__}): check the connection, then {AGAIN}"
+        return HubError(sentence, "unreachable")
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return HubError(f"the disk of {folder} is full: free some space, then {AGAIN}")
+            return HubError(f"the disk of {folder} is full: free some space, then {AGAIN}", "disk_full")
         return HubError(f"{error.filename or repo}: {error.strerror or type(error).__name__}")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{repo!r} is no name of a repository: write user/name")
     if isinstance(error, KeyError | TypeError | ValueError | AttributeError):  # of an answer with another content
         return HubError(
             f"{urlsplit(_endpoint()).hostname} does not answer as the Hub does ({type(error).__name__}): check the "
-            "connection, which may ask you to sign in, and HF_ENDPOINT if it is set"
+            "connection, which may ask you to sign in, and HF_ENDPOINT if it is set",
+            "unreachable",
         )
     raise error
 
 
-def _explain_status(error: errors.HfHubHTTPError, repo: str, verb: str) -> str:
+def _explain_status(error: errors.HfHubHTTPError, repo: str, verb: str) -> HubError:
     status = error.response.status_code
+    reason = {401: "refused", 403: "refused", 404: "missing"}.get(status, "unavailable")
+    return HubError(_status_sentence(error, status, repo, verb), reason, status=status)
+
+
+def _status_sentence(error: errors.HfHubHTTPError, status: int, repo: str, verb: str) -> str:
     token = f"set HF_TOKEN to a token that may {verb} it, or log in with `hf auth login`"
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated ({status}): accept its terms on its page on the Hub, then {token}"
@@ -427,7 +448,10 @@ def _check_room(folder: Path, needed: int) -> None:
     if free < needed:
         raise HubError(
             f"{needed / 1e9:.2f} GB are needed in {folder} and {free / 1e9:.2f} GB are free: free some space, or name "
-            "a folder on a larger disk in DALLE_DEMO_CACHE"
+            "a folder on a larger disk in DALLE_DEMO_CACHE",
+            "no_room",
+            needed=needed / 1e9,
+            free=free / 1e9,
         )
 
 
@@ -443,7 +467,7 @@ def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _headers() -> dict[str, str]:
+def _headers(token: str | None = None) -> dict[str, str]:
     """Those of huggingface_hub tell more about the machine, and cost a request of their own."""
     headers = {"User-Agent": "dalle_demo", "Accept-Encoding": "identity"}
-    return headers | ({"Authorization": f"Bearer {token}"} if (token := get_token()) else {})
+    return headers | ({"Authorization": f"Bearer {token}"} if (token := token or get_token()) else {})

@@ -57,6 +57,20 @@ def save_png(picture: Image.Image, path: Path, request: Mapping[str, Any], origi
     return path
 
 
+def save_each(
+    pictures: Sequence[Image.Image],
+    seeds: Sequence[int],
+    request: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    stem: Path,
+) -> list[Path]:
+    """Write the pictures of one request as `stem`-SEED.png, each with the settings that draw it alone."""
+    paths = [stem.with_name(f"{stem.name}-{seed}.png") for seed in seeds]
+    for picture, seed, path in zip(pictures, seeds, paths, strict=True):
+        save_png(picture, path, {**request, "n": 1, "seed": seed}, origin)
+    return paths
+
+
 def describe(request: Mapping[str, Any], origin: Mapping[str, Any], size: tuple[int, int]) -> str:
     """Prompt and settings in the lines that AUTOMATIC1111 and its successors show and read back."""
     settings = {
@@ -79,14 +93,16 @@ def slug(prompt: str) -> str:
 
 
 def read_request(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Request and origin stored by `save_png`; raises ValueError when the file holds none."""
+    """Request and origin stored by `save_png`; raises ValueError when the file holds none.
+
+    The request may be of another version, with settings that GenerateParams does not have.
+    """
     try:
         with Image.open(path) as picture:
             picture.load()
             origin = json.loads(picture.text[CHUNK])
         request = dict(origin.pop("request"))
-        known = {"prompt", "n", "seed", "temperature", "top_k", "top_p", "guidance_scale"}
-        if not known >= request.keys() >= {"prompt", "seed"}:
+        if not request.keys() >= {"prompt", "seed"}:
             raise KeyError("prompt")
         return request, dict(origin)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:

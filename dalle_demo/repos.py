@@ -102,13 +102,13 @@ def _heed(stop: threading.Event | None, partial: Path) -> None:
         raise hub.StoppedError(hub.STOPPED)
 
 
-def push(name: str, repo: str, private: bool = False) -> str:
+def push(name: str, repo: str, private: bool = False, token: str | None = None) -> str:
     """Upload a folder of weights that loads, with its model card, to a repository; returns its address."""
     folder = find(name)
     load_dalle(str(folder))
     if not (folder / "README.md").exists():
         raise WeightsError(f"{folder / 'README.md'} is missing: write the model card first, it is what people read")
-    return hub.upload(folder, repo, [*FILES, "samples.png"], private)
+    return hub.upload(folder, repo, [*FILES, "samples.png", "lora.safetensors"], private, token)
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,24 @@ A request borrows the engine of its model with `lend`; `fetch` brings a model th
 import gc
 import logging
 import os
+import re
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dalle_demo import hardware, hub, repos, weights
 from dalle_demo.config import PRESETS, SOURCES, DalleConfig
 from dalle_demo.engines import DalleEngine
+from dalle_demo.weights import Dalle
 
 TICK = 0.25  # seconds between two looks at a download, and the longest that it takes to cancel one
 ENDING = 5.0  # seconds that a new download waits for a cancelled one to end
 CGROUP = Path("/sys/fs/cgroup")  # of a container: what it may take, and takes
+MEMINFO = Path("/proc/meminfo")  # of Linux
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class Entry:
     """What there is to know of a model before it is loaded; sizes in bytes."""
 
     name: str
+    title: str  # what people call it; the name, unless that is a secret
     here: bool
     size: int  # of its files: to download, or on this disk
     memory: int  # that it takes when loaded
@@ -42,11 +48,20 @@ class Entry:
     seconds: float  # a picture takes on this machine, estimated
     licence: str  # empty where the weights do not say
     defaults: dict[str, float]  # settings of GenerateParams that it is served with
+    codes: int  # that each piece of a picture is chosen from
 
     @property
     def fits(self) -> bool:
         """Whether there is memory for it."""
         return self.room is None or self.memory <= self.room
+
+
+@dataclass(frozen=True)
+class Own:
+    """A model of one visitor's; `change` is what is done to it when it is loaded."""
+
+    title: str
+    change: Callable[[Dalle], Dalle]
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class Shelf:
         self._presets = {self.home: preset} | {name: name for name in PRESETS if name != self.home}
         self._configs = PRESETS | {self.home: self._engine.config}
         self._facts = {self.home: _facts(self._engine)}
+        self._own: dict[str, Own] = {}
         self._estimates: dict[str, Estimate] = {}
         self._estimating = threading.Lock()
         self._download: Download | None = None
@@ -94,15 +110,54 @@ class Shelf:
 
     def names(self) -> list[str]:
         """Names of these models, for which nothing has to be estimated."""
-        return [name for name in self._presets if self._files(name).folder or (name in SOURCES and not self._offline)]
+        public = [name for name in self._presets if name not in self._own]
+        return [name for name in public if self._files(name).folder or (name in SOURCES and not self._offline)]
 
     def find(self, name: str) -> Entry | None:
         """Entry of that name, if there is one."""
-        return self._entry(name) if name in self.names() else None
+        return self._entry(name) if name in [*self.names(), *self._own] else None
+
+    def adopt(self, name: str, title: str, folder: Path, change: Callable[[Dalle], Dalle]) -> None:
+        """Add a model that is drawn with by who knows its name, and that nobody else is told of."""
+        config = weights.stored_model(folder)
+        with self._door:
+            for known in (self._facts, self._estimates):  # those of its base, with which it is compared
+                alike = [known[other] for other in known if self._configs[other] == config]
+                known.update(dict.fromkeys([name], alike[0]) if alike else {})
+            self._configs = self._configs | {name: config}  # new ones: others may be going through these
+            self._presets = self._presets | {name: str(folder)}
+            self._own = self._own | {name: Own(title, change)}
+
+    def drop(self, name: str) -> None:
+        """Forget an adopted model, which may go on drawing what it has begun."""
+        with self._door:
+            self._own = {other: own for other, own in self._own.items() if other != name}
+            if name != self.home:
+                self._presets = {other: preset for other, preset in self._presets.items() if other != name}
+
+    def adopted(self) -> list[str]:
+        """Names of all adopted models, for nobody's eyes."""
+        return list(self._own)
+
+    def title(self, name: str) -> str:
+        """What people call a model."""
+        return self._own[name].title if name in self._own else name
+
+    def trainable(self) -> dict[str, str]:
+        """Models here that can be fine-tuned, which takes an encoder for pictures, and their presets or folders."""
+        able = [name for name in self.names() if self._configs[name].vqgan.encoder and self._files(name).folder]
+        presets = {name: self._presets[name] for name in able}
+        return {
+            name: str(Path(preset).absolute()) if Path(preset).exists() else preset for name, preset in presets.items()
+        }
 
     def defaults(self, name: str) -> dict[str, float]:
         """Settings that a model is served with."""
         return self._configs[name].defaults
+
+    def codes(self, name: str) -> int:
+        """Size of a model's codebook, beyond which top-k chooses no more."""
+        return self._configs[name].vqgan.codebook_size
 
     def facts(self, name: str) -> tuple[str, int] | None:
         """Number format and processor threads that a model last ran with, if it did."""
@@ -152,15 +207,19 @@ class Shelf:
         return download.name if download is not None and download.thread.is_alive() else None
 
     def _swap(self, name: str) -> None:
+        if name not in self._presets:
+            raise ShelfError("it has just been deleted; choose another")
         entry = self._entry(name)
         if not entry.fits:
             raise ShelfError(_too_big(entry))
         self._engine = self.loaded = None
         gc.collect()  # before the next one is read: the two may not fit beside each other
         former = self._facts.get(name)  # measured again they may be others, which draw other pictures
-        measured = {} if former is None else {"form": former[0], "threads": former[1]}
+        options: dict[str, Any] = {} if former is None else {"form": former[0], "threads": former[1]}
+        if name in self._own:
+            options["change"] = self._own[name].change
         try:
-            self._engine = self._load_engine(self._presets[name], **measured)
+            self._engine = self._load_engine(self._presets[name], **options)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's want of memory is a RuntimeError
             raise self._failure(name, error) from error
         self.loaded = name
@@ -211,13 +270,15 @@ class Shelf:
         files, estimate = self._files(name), self._estimate(name)
         return Entry(
             name,
+            self.title(name),
             here=files.folder is not None,
             size=files.size,
             memory=estimate.memory,
             room=self._room(),
             seconds=estimate.seconds,
-            licence=files.licence or (SOURCES[name].licence if name in SOURCES else ""),
+            licence="" if name in self._own else files.licence or (SOURCES[name].licence if name in SOURCES else ""),
             defaults=self.defaults(name),
+            codes=self.codes(name),
         )
 
     def _files(self, name: str) -> repos.Listed:
@@ -278,9 +339,9 @@ class Download:
 def free_memory() -> int | None:
     """Bytes of memory that a model could take now; of a container, what it is allowed. None where unknown."""
     try:
-        free = _counts(Path("/proc/meminfo"))["MemAvailable"]
+        free = _counts(MEMINFO)["MemAvailable"]
     except (OSError, ValueError, KeyError):
-        return memory_limit()  # all there is, where nothing says what is free
+        return _free_of_macos() or memory_limit()  # all there is, where nothing says what is free
     try:
         limit, taken = (int((CGROUP / f"memory.{kind}").read_text(encoding="ascii")) for kind in ("max", "current"))
         cached = _counts(CGROUP / "memory.stat")  # files in memory, which yield to a model
@@ -299,6 +360,17 @@ def memory_limit() -> int | None:
         return min(limit, int((CGROUP / "memory.max").read_text(encoding="ascii")))
     except (OSError, ValueError):
         return limit
+
+
+def _free_of_macos() -> int | None:
+    """Bytes in pages that are free or that macOS would take from others first; None elsewhere."""
+    try:
+        told = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    page = re.search(r"page size of (\d+) bytes", told)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative): +(\d+)", told, re.MULTILINE)
+    return int(page[1]) * sum(map(int, pages)) if page else None
 
 
 def _counts(path: Path) -> dict[str, int]:

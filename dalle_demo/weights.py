@@ -82,13 +82,18 @@ def _load(folder: Path) -> Dalle:
     _check_hash(folder / "tokenizer.json", "tokenizer", _file_hash(folder / "tokenizer.json"), meta)
     _check_parts(folder / "model.safetensors", meta)
     modules = {part: _build(folder, part, meta, large=LARGE) for part in PARTS}
-    configs = {part: part_config(part, meta["parts"][part]) for part in PARTS}
-    config = DalleConfig(**configs, defaults=meta.get("defaults", {}))
+    return Dalle(_name(folder), meta["sha256"]["image_decoder"], stored_model(folder), tokenizer, **modules)
+
+
+def stored_model(folder: Path) -> DalleConfig:
+    """Config of the whole model in a checkpoint folder; raises WeightsError."""
+    configs = {part: stored_config(folder, part) for part in PARTS}
+    config = DalleConfig(**configs, defaults=_read_config(folder / "config.json").get("defaults", {}))
     try:
         GenerateParams("a", **config.defaults)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{folder / 'config.json'}: defaults: {error}") from error
-    return Dalle(_name(folder), meta["sha256"]["image_decoder"], config, tokenizer, **modules)
+    return config
 
 
 def find(preset: str) -> Path:
@@ -101,8 +106,10 @@ def find(preset: str) -> Path:
         raise WeightsError(f"the weights of {preset} are not here yet: {pull_command} fetches them")
     if REPO.fullmatch(preset):
         raise WeightsError(f"{preset} is no folder with a config.json: if it is on the Hub, {pull_command} fetches it")
-    shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))) or "none is here"
-    raise WeightsError(f"no weights at {preset!r}: give a folder with a config.json, or one of: {shipped}")
+    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    known = ", ".join(dict.fromkeys([*shipped, *SOURCES]))
+    advice = f"give a folder with a config.json, or one of {known}; `python -m dalle_demo weights list` says more"
+    raise WeightsError(f"no weights at {preset!r}: {advice}")
 
 
 def pulled(name: str) -> Path:
@@ -312,3 +319,16 @@ def save_tensors(
             os.fsync(file.fileno())  # what it was made from may be deleted next
     for name in names:
         (folder / f"{name}.part").replace(folder / name)
+
+
+def save_adapters(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of adapters, which lie beside a checkpoint folder's own files."""
+    partial = path.with_name(path.name + ".part")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def load_adapters(path: Path) -> dict[str, Tensor]:
+    """Read what `save_adapters` wrote; raises WeightsError."""
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping

@@ -67,7 +67,7 @@ def is_whole(folder: Path) -> bool:
     return (folder / "big.pt").read_bytes() == BIG and (folder / "merges.txt").read_bytes() == SMALL
 
 
-def refuse(source: Source, folder: Path, *words: str) -> str:
+def refuse(source: Source, folder: Path, *words: str, reason: str | None = None) -> str:
     """Message of the HubError that a download raises; one line, without secrets, that holds these words."""
     with pytest.raises(HubError) as caught:
         download(source, folder)
@@ -77,6 +77,7 @@ def refuse(source: Source, folder: Path, *words: str) -> str:
     assert "\n" not in message
     for secret in ("hf_secret", "signature", "http://"):
         assert secret not in message
+    assert reason in (None, caught.value.reason)
     assert caught.value.__cause__ is None, "its cause would print what the message leaves out"
     return message
 
@@ -215,12 +216,12 @@ def test_a_passing_fault_is_waited_out(stub, source, folder, status):
 
 def test_a_lasting_fault(stub, source, folder):
     stub.statuses["big_mini.pt"] = [503] * 9
-    refuse(source, folder, REPO, "503", "later")
+    refuse(source, folder, REPO, "503", "later", reason="unavailable")
 
 
 def test_wrong_hash(stub, source, folder):
     stub.replaced["big_mini.pt"] = BIG[:-1] + bytes([BIG[-1] ^ 1])
-    refuse(source, folder, "big_mini.pt", "hash")
+    refuse(source, folder, "big_mini.pt", "hash", reason="wrong_hash")
     assert not list(folder.glob("big*")), "what is wrong must not be gone on with"
     stub.replaced.clear()
     download(source, folder)
@@ -299,7 +300,7 @@ def test_a_second_repository_comes_along(stub, source, folder, monkeypatch):
 def test_no_such_repository(stub, source, folder, monkeypatch):
     refuse(Source("someone/else", source.files, "min-dalle", "x"), folder, "someone/else", "HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", stub.token)
-    refuse(Source("someone/else", source.files, "min-dalle", "x"), folder, "someone/else", "404")
+    refuse(Source("someone/else", source.files, "min-dalle", "x"), folder, "someone/else", "404", reason="missing")
 
 
 def test_no_such_commit(stub, source, folder):
@@ -320,7 +321,7 @@ def test_private_and_gated(stub, source, folder, monkeypatch):
 @pytest.mark.parametrize("status", [401, 403])
 def test_refused(stub, source, folder, status):
     stub.statuses["big_mini.pt"] = [status]
-    refuse(source, folder, REPO, str(status), "HF_TOKEN")
+    refuse(source, folder, REPO, str(status), "HF_TOKEN", reason="refused")
 
 
 def test_the_token_stays_on_the_hub(stub, source, folder, monkeypatch):
@@ -337,7 +338,7 @@ def test_the_token_stays_on_the_hub(stub, source, folder, monkeypatch):
 def test_nobody_answers(stub, source, folder, monkeypatch):
     stub.shutdown()
     stub.server_close()
-    refuse(source, folder, "127.0.0.1", "connection")
+    refuse(source, folder, "127.0.0.1", "connection", reason="unreachable")
     monkeypatch.setenv("HF_ENDPOINT", "http://name:hf_secret@no-such-host.invalid")
     refuse(source, folder, "no-such-host.invalid", "connection")
 
@@ -373,7 +374,7 @@ def test_no_room_on_the_disk(stub, source, folder, monkeypatch):
     usage = namedtuple("usage", "total used free")
     both = 2 * (len(BIG) + len(SMALL))  # as it comes, and converted
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage(10**9, 0, both - 1))
-    refuse(source, folder, str(folder), "GB are needed", "DALLE_DEMO_CACHE")
+    refuse(source, folder, str(folder), "GB are needed", "DALLE_DEMO_CACHE", reason="no_room")
     assert stub.fetched("big_mini.pt") == []
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage(10**9, 0, both))
     download(source, folder)
@@ -481,7 +482,7 @@ def test_a_move_is_followed_when_asked(stub, model, tmp_path, capsys):
     assert load_dalle(model).config == tiny_config(channels=8)
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     main(["weights", "list", "--check"])
-    assert "moved" not in capsys.readouterr().out
+    assert "someone/tiny is at this commit still" in capsys.readouterr().out
     pull(model, revision=next(iter(stub.repos[model].commits)))
     assert load_dalle(model).sha256 == old
 
@@ -683,6 +684,12 @@ def test_check_passes_over_a_repository_that_is_gone(stub, model, tmp_path, caps
     printed = capsys.readouterr().out
     assert f"the Hub has no repository {model}" in printed
     assert "someone/zebra has moved on" in printed
+
+
+def test_check_says_so_where_nothing_was_fetched(stub, capsys):
+    assert main(["weights", "list", "--check"]) == 0
+    assert "nothing to check" in capsys.readouterr().out
+    assert stub.requests == []
 
 
 def test_list_advises_nothing_that_is_refused(stub, monkeypatch, tmp_path, capsys):

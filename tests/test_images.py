@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_demo.images import CHUNK, describe, from_pil, grid, read_request, save_png, to_pil
+from dalle_demo.images import CHUNK, describe, from_pil, grid, read_request, save_each, save_png, to_pil
 
 REQUEST = {
     "prompt": "一只小狗 🍕 “café”\nsecond line",
@@ -86,6 +86,13 @@ def test_png_remembers_its_request(tmp_path):
     settings = dict(part.split(": ") for part in lines[2].split(", "))
     expected = {"Steps": "64", "CFG scale": "2.5", "Seed": "7", "Size": "16x16", "Model": "nano", "Temperature": "0.9"}
     assert expected.items() <= settings.items()
+
+
+def test_each_picture_of_a_request_has_settings_of_its_own(tmp_path):
+    paths = save_each([every_level()] * 2, [7, 8], REQUEST | {"n": 2}, ORIGIN, tmp_path / "a.b")
+    assert paths == [tmp_path / "a.b-7.png", tmp_path / "a.b-8.png"]
+    for path, seed in zip(paths, (7, 8), strict=True):
+        assert read_request(path) == (REQUEST | {"n": 1, "seed": seed}, ORIGIN)
 
 
 def test_same_picture_and_request_give_the_same_file(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,12 @@ def test_a_bad_line_is_reported_and_the_others_are_drawn(tmp_path, capsys):
 
 def test_a_cut_prompt_is_drawn_with_a_notice(tmp_path, capsys):
     generate(tmp_path, "zyxwvut " * 20, "--n", "1")
-    assert "left out" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("This model left out")
+
+
+def test_the_only_prompt_has_no_line(tmp_path, capsys):
+    assert main(["generate", "!!!", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: prompt: ")
 
 
 def test_grid_is_one_more_file(tmp_path):
@@ -159,10 +165,28 @@ def test_one_source_of_prompts(tmp_path, capsys, arguments):
     assert "--prompts" in capsys.readouterr().err
 
 
+def test_again_of_a_grid_draws_its_pictures_and_the_grid(tmp_path):
+    names = generate(tmp_path / "first", "a cat", "--n", "3", "--seed", "5", "--grid")
+    assert generate(tmp_path / "again", "--again", str(tmp_path / "first" / names[0])) == names
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
 @pytest.mark.parametrize("path", ["no such file.txt", "."])
 def test_unreadable_prompts(tmp_path, capsys, path):
     assert main(["generate", "--prompts", str(tmp_path / path), "--out", str(tmp_path / "out")]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "Errno" not in error
+
+
+def test_pictures_need_a_folder(tmp_path, capsys):
+    """Said before a model is loaded."""
+    (tmp_path / "file").touch()
+    assert main(["generate", "a cat", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out: {tmp_path / 'file'} is a file")
+    assert main(["generate", "a cat", "--out", str(tmp_path / "file" / "below")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file' / 'below'}: ")
 
 
 @pytest.mark.usefixtures("real_loading")
@@ -170,7 +194,8 @@ def test_unknown_preset(tmp_path, capsys):
     assert main(["generate", "a cat", "--preset", "gigantic", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "gigantic" in error
+    for word in ("gigantic", "nano", "mini", "mega", "weights list"):
+        assert word in error
     assert not (tmp_path / "out").exists()
 
 
@@ -191,6 +216,16 @@ def test_every_setting_has_a_flag_that_arrives(tmp_path, engine, monkeypatch, sp
     assert getattr(seen[0], spec.name) == values[spec.name]
     help_text = parser()._subparsers._group_actions[0].choices["generate"].format_help()
     assert flag in help_text
+    described = " ".join(help_text.split(f"{flag} ")[-1].split())
+    assert f"From {spec.metadata['low']:g} to " in described
+    assert "default " in described
+
+
+def test_help_tells_the_defaults_of_each_preset():
+    help_text = " ".join(parser()._subparsers._group_actions[0].choices["generate"].format_help().split())
+    assert "From 0.05 to 2; default 1, nano 0.5." in help_text
+    assert "From 1 to 16; default 4, mini 1, mega 1." in help_text
+    assert "From 0 to 2147483647; default random." in help_text
 
 
 @pytest.mark.parametrize(
@@ -244,6 +279,22 @@ def test_page_ends_with_a_sentence(error, status, said):
     code = f"import app\ndef fail(_):\n    raise {error}\napp.serve = fail\napp.main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (status, said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [(["--port", "99999"], "7860"), (["--port", "0"], "7860"), (["--port", "http"], "7860"), ([], "99999")],
+)
+def test_page_refuses_what_is_no_port(arguments, variable):
+    done = subprocess.run(
+        [sys.executable, "app.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"GRADIO_SERVER_PORT": variable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--port: must be a whole number from 1 to 65535" in done.stderr
 
 
 def run_help(*arguments: str) -> subprocess.CompletedProcess:

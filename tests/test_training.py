@@ -21,6 +21,7 @@ from dalle_demo.engines import DalleEngine
 from dalle_demo.training import loop, stages
 from dalle_demo.training.loop import Plan, Workers, make_optimizers, schedule, train, update_ema
 from dalle_demo.training.losses import (
+    PerceptualLoss,
     adaptive_weight,
     discriminator_loss,
     distillation_loss,
@@ -115,7 +116,7 @@ def test_average_of_a_constant_is_the_constant():
 def test_only_matrices_decay():
     network = stages.VQGAN(tiny_config().vqgan)
     network.encoder.requires_grad_(False)
-    [optimizer] = make_optimizers(network, 1e-3)  # without Transformer layers there is nothing for Muon
+    [optimizer] = make_optimizers(network, 1e-3, (0.9, 0.95))  # without Transformer layers there is nothing for Muon
     decaying, free = optimizer.param_groups
     assert decaying["weight_decay"] > 0
     assert free["weight_decay"] == 0
@@ -129,7 +130,7 @@ def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(stage_of, tmp_path
     network = stage_of("dalle", tmp_path)(ALONE).network
     network.image_decoder.layers[0].requires_grad_(False)
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    adamw, muon = make_optimizers(network, 1e-3)
+    adamw, muon = make_optimizers(network, 1e-3, (0.9, 0.95))
     [group] = muon.param_groups
     taken = [names[parameter] for parameter in group["params"]]
     kinds = {name.split(".", 3)[3] for name in taken if name.startswith("image_decoder.layers.1.")}
@@ -247,8 +248,8 @@ def test_hinge_losses():
 def test_adaptive_weight_makes_both_pull_alike():
     output = torch.randn(5, requires_grad=True)
     anchor, adversary = 3 * output.sum(), 0.5 * (2 * output).sum()
-    assert adaptive_weight(anchor, adversary, output).item() == pytest.approx(3.0)
-    assert adaptive_weight(anchor, 0 * output.sum(), output).item() == 10
+    assert adaptive_weight(anchor, 5 * adversary, output).item() == pytest.approx(0.6)
+    assert adaptive_weight(anchor, 0 * output.sum(), output).item() == 1
 
 
 def test_vqgan_samples_are_pictures_in_range(stage_of, tmp_path):

@@ -1,12 +1,16 @@
 """Both languages say the same things, in units that people use."""
 
 from string import Formatter
+from typing import get_args
 
 import pytest
 
 from dalle_demo.config import GenerateParams
 from dalle_demo.engines import LeftOut
+from dalle_demo.hub import HubError, Reason
+from dalle_demo.shelf import ShelfError
 from dalle_demo.ui.generate import _summary
+from dalle_demo.ui.models import reason
 from dalle_demo.ui.strings import SENTENCES, duration, footer, label, megabytes, say, translations
 
 
@@ -69,7 +73,18 @@ def test_the_summary_of_a_run_says_it_too(engine):
     params = engine.params("zyxwvut " * 20)
     assert "left out the end" in _summary(engine, params, 1, 2.0, "en")
     assert "略去了描述的末尾" in _summary(engine, params, 1, 2.0, "zh-CN")
-    assert _summary(engine, engine.params("a red apple", n=1), 1, 2.0, "en") == "1 picture in 2.0 s, seed 1."
+    assert _summary(engine, engine.params("a red apple", n=1), 1, 2.0, "en") == "tiny drew 1 picture in 2.0 s, seed 1."
+
+
+@pytest.mark.parametrize("key", get_args(Reason))
+def test_a_failed_download_is_explained_without_the_command_line(key):
+    failure = ShelfError("the same command goes on")
+    failure.__cause__ = HubError("the same command goes on", key, status=403, needed=2.0, free=1.0)
+    for language in ("en", "zh-CN"):
+        assert "command" not in reason(failure, language)
+    assert ("Download" in reason(failure, "en")) == ("下载" in reason(failure, "zh-CN"))
+    failure.__cause__ = HubError("something rare")
+    assert reason(failure, "zh-CN") == "the same command goes on"
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

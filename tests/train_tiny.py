@@ -29,7 +29,7 @@ def make_plan(steps: int, checkpoint_minutes: float = 1e9) -> Plan:
 def make_stage(
     name: str, data: Path, out: Path, weights: Path, trace: Path | None = None
 ) -> Callable[[Workers], object]:
-    """Maker of a tiny stage; `weights` holds the VQGAN and text encoder that the stages `sharpen` and `dalle` build on."""
+    """Maker of a tiny stage; `weights` holds what the stages `sharpen` and `dalle` build on."""
 
     def make(workers: Workers):
         if name == "vqgan":

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from dalle_demo.hardware import has_native_bf16
 from dalle_demo.training.muon import Muon
 
-BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
 LOG_EVERY = 20  # steps
@@ -56,6 +55,9 @@ class Plan:
     minutes: float | None = None
     warmup: int = 100
     checkpoint_minutes: float = 4.0
+    checkpoint_steps: int | None = None  # also at each multiple of this, 0 included
+    log_steps: int | None = None  # between lines of the log; LOG_EVERY when None
+    betas: tuple[float, float] = (0.9, 0.95)
     precision: str = "auto"  # "fp32", "bf16", or bf16 where the processor multiplies it natively
 
     def __post_init__(self):
@@ -67,7 +69,24 @@ class Plan:
                 raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
 
 
-def train(make_stage: Callable[["Workers"], Stage], plan: Plan, out: Path, resume: bool = False) -> None:
+class Monitor:
+    """What a run tells others and hears from them, in its first process; this one is silent and deaf."""
+
+    def stepped(self, run: "Run") -> bool:
+        """After each step: whether a checkpoint is wanted now. May set `run.stopping`."""
+        return False
+
+    def checking(self, run: "Run") -> None:
+        """At each checkpoint, once the averaged weights are validated and before it is written."""
+
+
+def train(
+    make_stage: Callable[["Workers"], Stage],
+    plan: Plan,
+    out: Path,
+    resume: bool = False,
+    monitor: Monitor | None = None,
+) -> None:
     """Train until the plan ends or a signal asks to stop; `out` then holds checkpoint.pt, log.jsonl and weights/.
 
     Raises ValueError when `out` already holds a run and `resume` is false, or the batch does not divide.
@@ -79,7 +98,7 @@ def train(make_stage: Callable[["Workers"], Stage], plan: Plan, out: Path, resum
         if plan.batch % workers.count:
             raise ValueError(f"--batch {plan.batch} cannot be divided among {workers.count} processes")
         resuming = (out / "checkpoint.pt").exists()
-        run = Run(make_stage(workers), plan, out, workers)
+        run = Run(make_stage(workers), plan, out, workers, monitor or Monitor())
         if resuming:
             run.restore()
         elif workers.rank == 0:  # of a run that was killed before its first checkpoint
@@ -117,14 +136,15 @@ class Workers:
 
 
 class Run:
-    """State of one run: what a checkpoint holds, and the steps that change it."""
+    """State of one run: what a checkpoint holds, and the steps that change it. Frozen weights are no part of either."""
 
-    def __init__(self, stage: Stage, plan: Plan, out: Path, workers: Workers):
-        self.stage, self.plan, self.out, self.workers = stage, plan, out, workers
+    def __init__(self, stage: Stage, plan: Plan, out: Path, workers: Workers, monitor: Monitor):
+        self.stage, self.plan, self.out, self.workers, self.monitor = stage, plan, out, workers, monitor
         network = stage.network
-        self.ema = copy.deepcopy(network).requires_grad_(False)
+        self.frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        self.ema = copy.deepcopy(network, {id(p): p for p in self.frozen.values()}).requires_grad_(False)
         self.wrapped = DistributedDataParallel(network) if workers.count > 1 else network
-        self.optimizers = make_optimizers(network, plan.learning_rate)
+        self.optimizers = make_optimizers(network, plan.learning_rate, plan.betas)
         self.step, self.seconds, self.saved_step = 0, 0.0, None
         self.autocast = plan.precision == "bf16" or (plan.precision == "auto" and has_native_bf16())
         self.stopping = False
@@ -136,12 +156,15 @@ class Run:
         base, first = self.seconds, self.step
         bar = tqdm(total=100, initial=round(100 * self.progress(), 2), unit="%", disable=self.workers.rank > 0)
         try:
+            if self.saved_step is None and self.plan.checkpoint_steps:
+                self.save()
             while not self._finished():
                 losses = self.take_step()
                 self.seconds = base + time.monotonic() - started
                 rate = (self.step - first) * self.plan.batch / (time.monotonic() - started)
-                late = time.monotonic() - saved >= 60 * self.plan.checkpoint_minutes
-                due, broken = self.workers.agree(late, not math.isfinite(losses["loss"]))
+                wanted = self.workers.rank == 0 and self.monitor.stepped(self)
+                late = time.monotonic() - saved >= 60 * self.plan.checkpoint_minutes or self._planned()
+                due, broken = self.workers.agree(wanted or late, not math.isfinite(losses["loss"]))
                 if broken:  # before anything of it reaches the last good checkpoint
                     raise ValueError(f"the loss is no longer finite at step {self.step}; lower --learning-rate")
                 self._report(bar, losses, rate)
@@ -160,6 +183,9 @@ class Run:
         if self.plan.steps is not None:
             return min(1.0, self.step / self.plan.steps)
         return min(1.0, self.seconds / (60 * self.plan.minutes))
+
+    def _planned(self) -> bool:
+        return self.plan.checkpoint_steps is not None and self.step % self.plan.checkpoint_steps == 0
 
     def _finished(self) -> bool:
         stopping, done = self.workers.agree(self.stopping, self.progress() if self.workers.rank == 0 else 0.0)
@@ -190,7 +216,7 @@ class Run:
         return {name: value.detach() for name, value in losses.items()}
 
     def _report(self, bar: tqdm, losses: Mapping[str, Tensor], rate: float) -> None:
-        if self.workers.rank > 0 or self.step % LOG_EVERY:
+        if self.workers.rank > 0 or self.step % (self.plan.log_steps or LOG_EVERY):
             return
         figures = {name: round(value.item(), 5) for name, value in losses.items()}
         bar.update(round(100 * self.progress() - bar.n, 2))
@@ -210,12 +236,13 @@ class Run:
             with torch.no_grad():
                 self._log(self.stage.validate(self.ema))
             self.stage.export(self.ema, self.out / "weights")
+            self.monitor.checking(self)
             state = {
                 "made_from": self.stage.made_from,
                 "step": self.step,
                 "seconds": self.seconds,
-                "network": self.stage.network.state_dict(),
-                "ema": self.ema.state_dict(),
+                "network": self._trained(self.stage.network),
+                "ema": self._trained(self.ema),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             }
             partial = self.out / "checkpoint.pt.part"
@@ -223,6 +250,9 @@ class Run:
             partial.replace(self.out / "checkpoint.pt")
         self.saved_step = self.step
         self.workers.wait()
+
+    def _trained(self, network: nn.Module) -> dict[str, Tensor]:
+        return {name: value for name, value in network.state_dict().items() if name not in self.frozen}
 
     def restore(self) -> None:
         """Go back to the last checkpoint; log lines written after it are dropped.
@@ -233,11 +263,11 @@ class Run:
         check_same(self.out, state["made_from"], self.stage.made_from)
         if "optimizers" not in state:
             raise ValueError(f"{self.out} was made by an older version and cannot go on; choose another --out")
-        self.stage.network.load_state_dict(state["network"])
-        self.ema.load_state_dict(state["ema"])
+        self.stage.network.load_state_dict(self.frozen | state["network"])
+        self.ema.load_state_dict(self.frozen | state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.saved_step = state["step"], state["seconds"], state["step"]
         log = self.out / "log.jsonl"
         if self.workers.rank == 0 and log.exists():
             lines = [line for line in log.read_text().splitlines(True) if _step_of(line) <= self.step]
@@ -266,23 +296,31 @@ def schedule(step: int, warmup: int, done: float) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizers(network: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    network: nn.Module, learning_rate: float, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices of Transformer layers, if any.
 
-    Only matrices and kernels decay, never biases and norms.
+    Only matrices and kernels decay, never biases and norms. The factors of adapters, not named `weight`, are AdamW's.
     """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    inner = [p for name, p in named if ".layers." in name and p.ndim == 2]
-    outer = [p for name, p in named if not (".layers." in name and p.ndim == 2)]
+    inner = [p for name, p in named if _is_for_muon(name, p)]
+    outer = [p for name, p in named if not _is_for_muon(name, p)]
     groups = [
         {"params": [p for p in outer if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in outer if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     return [*optimizers, Muon(inner, learning_rate, weight_decay=WEIGHT_DECAY)] if inner else optimizers
+
+
+def _is_for_muon(name: str, p: Tensor) -> bool:
+    return ".layers." in name and name.endswith(".weight") and p.ndim == 2
 
 
 def update_ema(ema: nn.Module, network: nn.Module, step: int, gamma: float = 16.97) -> None:
     """Power-function average, whose horizon grows with the run (Karras et al. 2024, equation 127; about 5 %)."""
     beta = (1 - 1 / step) ** (gamma + 1)
-    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - beta)
+    pairs = zip(ema.parameters(), network.parameters(), strict=True)
+    averages, values = zip(*[(average, value) for average, value in pairs if average is not value], strict=True)
+    torch._foreach_lerp_(averages, values, 1 - beta)

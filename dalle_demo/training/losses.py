@@ -72,7 +72,7 @@ def generator_loss(ours: Tensor) -> Float[Tensor, ""]:
     return -ours.mean()
 
 
-def adaptive_weight(anchor: Tensor, adversary: Tensor, output: Tensor, most: float = 10.0) -> Float[Tensor, ""]:
+def adaptive_weight(anchor: Tensor, adversary: Tensor, output: Tensor, most: float = 1.0) -> Float[Tensor, ""]:
     """Weight that makes the second loss pull as hard on `output` as the first (Esser et al. 2021, equation 7)."""
     (pull,) = torch.autograd.grad(anchor, output, retain_graph=True)
     (push,) = torch.autograd.grad(adversary, output, retain_graph=True)

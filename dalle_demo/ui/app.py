@@ -9,6 +9,7 @@ from dalle_demo.shelf import Shelf
 from dalle_demo.ui.generate import SLIDERS, GenerateTab
 from dalle_demo.ui.strings import TITLE, translations
 from dalle_demo.ui.theme import CSS, JS, theme
+from dalle_demo.ui.train import TrainTab
 
 HOUR = 3600  # seconds
 log = logging.getLogger(__name__)
@@ -40,7 +41,11 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         with gr.Column(elem_id="heading"):
             gr.Markdown(f"# {TITLE}")
             gr.Markdown(i18n("subtitle"))
-        tab = GenerateTab(shelf, i18n, page)
+        with gr.Tabs(selected="generate", elem_id="tabs") as tabs:
+            with gr.Tab(i18n("tab_generate"), id="generate"):
+                tab = GenerateTab(shelf, i18n, page)
+            with gr.Tab(i18n("tab_train"), id="train"):
+                TrainTab(shelf, i18n, page, tab.models, tabs)
         tab.models.footer.render()
         page.unload(tab.leave)
     page.queue(max_size=32)
@@ -51,6 +56,7 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         "js": JS,
         "footer_links": ["api", "settings"],
         "run_history": False,
+        "max_file_size": "1gb",  # of an upload
         "enable_monitoring": False,
         "ssr_mode": False,  # its proxy would stand before our port and take long to start
     }

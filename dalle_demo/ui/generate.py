@@ -16,9 +16,9 @@ import gradio as gr
 
 from dalle_demo.config import GenerateParams, ParamError
 from dalle_demo.engines import DalleEngine, Update
-from dalle_demo.images import save_png, slug
+from dalle_demo.images import save_each, slug
 from dalle_demo.shelf import Entry, Shelf, ShelfError
-from dalle_demo.ui.models import ModelChoice, language_of, usable
+from dalle_demo.ui.models import ModelChoice, language_of, usable, value_and_top
 from dalle_demo.ui.strings import EXAMPLES, label, say
 
 FRAMES_PER_SECOND = 4  # of previews; each costs the page a tenth of a second that the drawing then waits for
@@ -119,13 +119,13 @@ class GenerateTab:
 
     def _settings(self, t: gr.I18n) -> dict[str, gr.components.Component]:
         """One control per remaining field of GenerateParams, named after it."""
-        controls, defaults = {}, self.shelf.defaults(self.shelf.home)
+        controls, defaults, codes = {}, self.shelf.defaults(self.shelf.home), self.shelf.codes(self.shelf.home)
         with gr.Accordion(t("settings"), elem_id="advanced"):
             for spec in dataclasses.fields(GenerateParams):
                 if spec.name == "seed":
                     controls["seed"], self.randomise = _seed(t)
                 elif spec.name in SLIDERS:
-                    controls[spec.name] = _slider(spec, defaults.get(spec.name, spec.default), t)
+                    controls[spec.name] = _slider(spec, t, **value_and_top(spec, defaults, codes))
         return controls
 
     def _wire(self) -> None:
@@ -134,6 +134,7 @@ class GenerateTab:
         hidden = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
         starts = [self.go.click, self.controls["prompt"].submit, self.examples.load_input_event.then]
         for start in starts:
+            start(self.refuse, [self.randomise], self.status, inputs_kwargs=self.controls, preprocess=False, **hidden)
             begun = start(
                 self.begin,
                 [self.randomise],
@@ -168,6 +169,7 @@ class GenerateTab:
         try:
             self._checked(_with_seed(settings, randomise), language_of(request))
         except RefusedError as error:
+            log.info("refused a request: %s", error.__cause__)
             wrong, sentence = error.field, str(error)
         return [gr.validate(name != wrong, sentence) for name in ("randomise", *settings)]
 
@@ -177,6 +179,15 @@ class GenerateTab:
         self.runs.begin(request.session_hash)
         columns = gr.Gallery(columns=math.ceil(math.sqrt(params.n)))
         return *_buttons(running=True), columns, params.seed, say("waiting", language_of(request))
+
+    def refuse(self, request: gr.Request, randomise: bool, **settings: Any) -> Any:
+        """Say beside the pictures too, which are of an earlier request, what stands at a control out of sight."""
+        language = language_of(request)
+        try:
+            self._checked(_with_seed(settings, randomise), language)
+        except RefusedError as error:
+            return say("not_drawn", language, reason=error)
+        return gr.skip()
 
     def generate(
         self, request: gr.Request, seed: int | None = None, model: str | None = None, **settings: Any
@@ -192,7 +203,7 @@ class GenerateTab:
         flag, language = self.runs.enter(request.session_hash), language_of(request)
         try:
             entry, params = self._accepted({"seed": seed, "model": model, **settings}, language)
-            yield from self._draw(entry.name, params, flag, language)
+            yield from self._draw(entry, params, flag, language)
         finally:  # also when the tab is closed
             self.runs.leave(request.session_hash, flag)
 
@@ -213,19 +224,19 @@ class GenerateTab:
         """Free what a closed tab has asked for."""
         self.runs.forget(request.session_hash)
 
-    def _draw(self, model: str, params: GenerateParams, stop: threading.Event, language: str) -> Iterator[tuple]:
+    def _draw(self, entry: Entry, params: GenerateParams, stop: threading.Event, language: str) -> Iterator[tuple]:
         """Borrow the model, which may have to be loaded, and draw with it."""
-        key = "starting" if model == self.shelf.loaded else "loading"
-        yield gr.skip(), gr.skip(), say(key, language, model=model)
+        key = "starting" if entry.name == self.shelf.loaded else "loading"
+        yield gr.skip(), gr.skip(), say(key, language, model=entry.title)
         try:
-            with self.shelf.lend(model, stop) as engine:
+            with self.shelf.lend(entry.name, stop) as engine:
                 if engine is None or stop.is_set():
                     yield gr.skip(), gr.skip(), say("stopped", language)
                 else:
                     yield from self._stream(engine, params, stop, language)
         except ShelfError as error:
-            log.warning("%s could not be loaded: %s", model, error.__cause__ or error)
-            sentence = html.escape(say("load_failed", language, model=model, reason=error), quote=False)
+            log.warning("%s could not be loaded: %s", entry.title, error.__cause__ or error)
+            sentence = html.escape(say("load_failed", language, model=entry.title, reason=error), quote=False)
             raise gr.Error(sentence, print_exception=False) from error
 
     def _stream(
@@ -257,10 +268,8 @@ class GenerateTab:
             entry = usable(self.shelf, given.pop("model", self.shelf.home), language)
             return entry, GenerateParams(**{**entry.defaults, **given})
         except ParamError as error:
-            log.info("refused a request: %s", error)
             raise RefusedError(error.field, _explain(error, language)) from error
         except ShelfError as error:
-            log.info("refused a request: %s", error)
             raise RefusedError("model", html.escape(str(error), quote=False)) from error
 
     def _accepted(self, settings: dict[str, Any], language: str) -> tuple[Entry, GenerateParams]:
@@ -268,6 +277,7 @@ class GenerateTab:
         try:
             return self._checked(settings, language)
         except RefusedError as error:
+            log.info("refused a request: %s", error.__cause__)
             raise gr.Error(str(error), print_exception=False) from error
 
 
@@ -282,17 +292,14 @@ class RefusedError(ValueError):
 def _save(engine: DalleEngine, update: Update, params: GenerateParams, summary: str) -> Iterator[tuple]:
     """Show the pictures as PNG files, which gradio has copied to its cache by the time it asks for more."""
     with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
-        paths = []
-        for picture, seed in zip(update.images, update.seeds, strict=True):
-            request = dataclasses.asdict(params) | {"n": 1, "seed": seed}
-            path = Path(folder, f"{slug(params.prompt)}-{seed}.png")
-            paths.append(save_png(picture, path, request, engine.origin))
+        stem = Path(folder, slug(params.prompt))
+        paths = save_each(update.images, update.seeds, dataclasses.asdict(params), engine.origin, stem)
         yield _captioned(paths, update), update.seeds[0], summary
 
 
 def _summary(engine: DalleEngine, params: GenerateParams, seed: int, seconds: float, language: str) -> str:
     key = "one" if params.n == 1 else "many"
-    done = say(key, language, n=params.n, seconds=seconds, each=seconds / params.n, seed=seed)
+    done = say(key, language, model=engine.name, n=params.n, seconds=seconds, each=seconds / params.n, seed=seed)
     notice = engine.left_out(params.prompt)
     return done if notice is None else f"{done} {say(notice.key, language, **vars(notice))}"
 
@@ -301,9 +308,9 @@ def _with_seed(settings: dict[str, Any], randomise: bool) -> dict[str, Any]:
     return settings | ({"seed": None} if randomise else {})
 
 
-def _slider(spec: dataclasses.Field, value: float, t: gr.I18n) -> gr.Slider:
-    low, high, step = (spec.metadata[key] for key in ("low", "high", "step"))
-    return gr.Slider(low, high, value, step=step, label=t(spec.name), info=t(f"{spec.name}_help"), elem_id=spec.name)
+def _slider(spec: dataclasses.Field, t: gr.I18n, **shown: float) -> gr.Slider:
+    low, step = spec.metadata["low"], spec.metadata["step"]
+    return gr.Slider(low, step=step, label=t(spec.name), info=t(f"{spec.name}_help"), elem_id=spec.name, **shown)
 
 
 def _seed(t: gr.I18n) -> tuple[gr.Number, gr.Checkbox]:

@@ -1,16 +1,18 @@
 """model name -> its own settings on the page, or an offer to download it: the choice of a model."""
 
+import dataclasses
 import html
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
 import gradio as gr
 
 from dalle_demo.config import GenerateParams
+from dalle_demo.hub import HubError
 from dalle_demo.shelf import Entry, Shelf, ShelfError
 from dalle_demo.ui.strings import duration, footer, megabytes, say
 
@@ -26,6 +28,7 @@ class ModelChoice:
 
     def __init__(self, shelf: Shelf, t: gr.I18n):
         self.shelf = shelf
+        self.own: Callable[[gr.Request], list[str]] = lambda request: []  # names of the visitor's own models
         self._cancels: dict[str, threading.Event] = {}  # of the download that each browser session waits for
         self.chosen, self.offered = gr.State(shelf.home), gr.State("")
         names = shelf.names()
@@ -51,7 +54,7 @@ class ModelChoice:
         self.sliders = sliders
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         panel = [self.panel, self.text, self.download, self.dismiss, self.cancel]
-        shown = [self.model, self.chosen, self.offered, self.footer, *panel, *sliders.values()]
+        self.shown = shown = [self.model, self.chosen, self.offered, self.footer, *panel, *sliders.values()]
         self.model.input(self.choose, [self.model, self.chosen], shown, queue=False, **quiet)
         self.download.click(
             self.fetch,
@@ -63,13 +66,13 @@ class ModelChoice:
         )
         self.dismiss.click(lambda: gr.Column(visible=False), None, self.panel, queue=False, **quiet)
         self.cancel.click(self.press_cancel, None, None, queue=False, **quiet)
-        page.load(self.arrive, [self.chosen], [self.model, self.footer], queue=False, **quiet)
+        self.arrived = page.load(self.arrive, [self.chosen], [self.model, self.footer], queue=False, **quiet)
         page.unload(self.press_cancel)
 
     def arrive(self, request: gr.Request, chosen: str) -> tuple:
         """Say what is here in the visitor's language."""
         language = language_of(request)
-        choices = self._choices(language)
+        choices = self.choices(request)
         model = gr.Dropdown(choices, value=chosen, visible=len(choices) > 1)
         return model, self._footer(chosen, language)
 
@@ -83,12 +86,14 @@ class ModelChoice:
             gr.Info(say("busy", language))
             return former
         if not entry.fits:
-            return former | self._panel(too_big(entry, language), dismiss=say("close", language))
+            refusal = too_big(entry, language) + say("instead", language, model=self.shelf.title(chosen))
+            return former | self._panel(refusal, dismiss=say("close", language))
         if entry.here:
-            return self._select(entry, language)
+            return self.select(request, entry)
         offer = say("offer", language, **facts(entry, language))
         if self.shelf.fetching() == entry.name:
             offer += say("under_way", language)
+        offer += say("meanwhile", language, model=self.shelf.title(chosen))
         return former | {self.offered: wanted} | self._panel(offer, download=True, dismiss=say("not_now", language))
 
     def fetch(self, request: gr.Request, name: str) -> Iterator[dict]:
@@ -107,10 +112,10 @@ class ModelChoice:
             if cancel.is_set():
                 yield {self.panel: gr.Column(visible=False)}
             else:
-                yield self._select(self.shelf.find(name), language)
+                yield self.select(request, self.shelf.find(name))
         except (ValueError, OSError) as error:
             log.warning("download of %s: %s", name, error.__cause__ or error)
-            text = say("download_failed", language, model=name, reason=error)
+            text = say("download_failed", language, model=name, reason=reason(error, language))
             yield self._panel(text, download=True, dismiss=say("close", language), failed=True)
         finally:  # also when the tab is closed
             self._cancels.pop(request.session_hash, None)
@@ -124,15 +129,17 @@ class ModelChoice:
         """Page's last line, once more is known of a model."""
         return self._footer(model, language_of(request))
 
-    def _select(self, entry: Entry, language: str) -> dict:
-        specs = GenerateParams.__dataclass_fields__
-        values = {slider: entry.defaults.get(name, specs[name].default) for name, slider in self.sliders.items()}
+    def select(self, request: gr.Request, entry: Entry) -> dict:
+        """Show a model that is here, with its own settings."""
+        language = language_of(request)
+        specs = [spec for spec in dataclasses.fields(GenerateParams) if spec.name in self.sliders]
+        shown = {spec.name: value_and_top(spec, entry.defaults, entry.codes) for spec in specs}
         return {
-            self.model: gr.Dropdown(self._choices(language), value=entry.name),
+            self.model: gr.Dropdown(self.choices(request), value=entry.name, visible=True),
             self.chosen: entry.name,
             self.footer: self._footer(entry.name, language),
             self.panel: gr.Column(visible=False),
-        } | values
+        } | {self.sliders[name]: gr.Slider(**values) for name, values in shown.items()}
 
     def _panel(
         self,
@@ -154,11 +161,13 @@ class ModelChoice:
             self.cancel: gr.Button(visible=cancel),
         }
 
-    def _choices(self, language: str) -> list[tuple[str, str]]:
-        return [(_label(entry, language), entry.name) for entry in self.shelf.models()]
+    def choices(self, request: gr.Request) -> list[tuple[str, str]]:
+        """Models that the visitor can choose from, and the line of each."""
+        entries = [*self.shelf.models(), *filter(None, map(self.shelf.find, self.own(request)))]
+        return [(_label(entry, language_of(request)), entry.name) for entry in entries]
 
     def _footer(self, model: str, language: str) -> str:
-        return footer(model, self.shelf.facts(model), language)
+        return footer(self.shelf.title(model), self.shelf.facts(model), language)
 
 
 def language_of(request: gr.Request) -> str:
@@ -180,6 +189,20 @@ def usable(shelf: Shelf, name: Any, language: str) -> Entry:
     return entry
 
 
+def value_and_top(spec: dataclasses.Field, defaults: Mapping[str, float], codes: int) -> dict[str, float]:
+    """What a slider shows for a model of these defaults and as many codes, beyond which top-k chooses no more."""
+    top = min(spec.metadata["high"], codes) if spec.name == "top_k" else spec.metadata["high"]
+    return {"value": defaults.get(spec.name, spec.default), "maximum": top}
+
+
+def reason(error: Exception, language: str) -> str:
+    """Why a download failed: what often happens in the visitor's language, and with the page's own advice."""
+    cause = error.__cause__
+    if isinstance(cause, HubError) and cause.reason:
+        return say(cause.reason, language, **cause.values)
+    return str(error)
+
+
 def too_big(entry: Entry, language: str) -> str:
     """Sentence on a model for which there is no memory."""
     return say("too_big", language, **facts(entry, language))
@@ -189,7 +212,7 @@ def facts(entry: Entry, language: str) -> dict[str, str]:
     """What sentences say of a model."""
     named = entry.licence and not entry.licence.startswith("see")
     return {
-        "model": entry.name,
+        "model": entry.title,
         "size": megabytes(entry.size),
         "memory": megabytes(entry.memory),
         "room": megabytes(entry.room or 0),

@@ -27,6 +27,7 @@ CSS = """
   left: 0; font-size: var(--text-sm); text-align: left;
   border: 1px solid var(--error-border-color); border-radius: var(--radius-sm);
 }
+#model input { padding-right: 1.75rem; text-overflow: ellipsis; } /* the arrow lies over it */
 #offer {
   gap: 10px; padding: 12px 14px; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
   background: var(--block-background-fill);
@@ -43,19 +44,21 @@ CSS = """
 #offer progress::-moz-progress-bar { background: var(--primary-600); }
 #status { min-height: 1.75rem; }
 #status p { font-variant-numeric: tabular-nums; }
+footer { gap: 1rem; }
+footer .divider { display: none; } /* on a phone gradio leaves out what it would part */
 #footer p { text-align: center; font-size: .8rem; }
 @media (max-width: 767px) {
   #studio { grid-template: "compose" "result" "settings" / 100%; }
   #gallery .grid-wrap { height: auto; }
-  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; padding-bottom: 4px; }
-  #examples .gallery-item { flex: none; }
+  #status { order: -1; } /* above the pictures, in sight */
 }
 """
 
 # Ctrl+Enter draws from any field; the status line is announced by screen readers.
 JS = """() => {
   document.addEventListener("keydown", (event) => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") document.querySelector("#go")?.click();
+    const go = document.querySelector("#go");
+    if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && go?.closest("#studio").offsetParent) go.click();
   });
   document.querySelector("#status")?.setAttribute("role", "status");
 }"""

@@ -81,10 +81,11 @@ def expect_model(page, name: str) -> None:
     expect(page.locator("#model input")).to_have_value(re.compile(f"^{name}:"))
 
 
-def draw(page) -> None:
+def draw(page, name: str) -> None:
+    """Press Generate and wait for the pictures of the model of that name."""
     page.fill("#prompt textarea", "a red apple")
     page.click("#go")
-    expect(page.locator("#status")).to_contain_text(re.compile(r"pictures? in"), timeout=SLOW)
+    expect(page.locator("#status")).to_contain_text(re.compile(rf"{name} drew \d pictures? in"), timeout=SLOW)
     expect(page.locator("#go")).to_be_visible()
 
 
@@ -95,7 +96,7 @@ def test_offer_cancel_download_draw_and_back(visit, studio):
     offer = page.locator("#offer")
     expect(offer).to_contain_text(
         "mini is not on this computer yet: 1.1 GB download, Apache-2.0, about 6 s a picture here, "
-        "needs 2.0 GB of memory."
+        "needs 2.0 GB of memory. Until then, tiny draws."
     )
     expect_model(page, "tiny")
     page.click("#dismiss")
@@ -106,7 +107,7 @@ def test_offer_cancel_download_draw_and_back(visit, studio):
     page.click("#download")
     expect(offer).to_contain_text("250 MB of 1.0 GB, 25 %")
     expect(page.locator("#download")).to_be_hidden()
-    draw(page)  # meanwhile
+    draw(page, "tiny")  # meanwhile
     expect(page.locator("#footer")).to_contain_text("Model tiny, float32")
     page.click("#cancel")
     expect(offer).to_be_hidden()
@@ -117,16 +118,18 @@ def test_offer_cancel_download_draw_and_back(visit, studio):
     studio.arrives.set()
     expect(offer).to_be_hidden(timeout=SLOW)
     expect_model(page, "mini")
+    expect(page.locator("#top_k input[type=range]")).to_have_attribute("max", "16384")  # its codes
     for name, value in PRESETS["mini"].defaults.items():
         expect(page.locator(f"#{name} input[type=number]")).to_have_value(f"{value:g}")
-    draw(page)
-    expect(page.locator("#status")).to_contain_text("1 picture in")
+    draw(page, "mini")
+    expect(page.locator("#status")).to_contain_text("mini drew 1 picture in", timeout=SLOW)
     expect(page.locator("#footer")).to_contain_text("Model mini, float32, 1 processor thread")
 
     pick(page, "tiny")
+    expect(page.locator("#top_k input[type=range]")).to_have_attribute("max", "60")
     expect(page.locator("#guidance_scale input[type=number]")).to_have_value("2")
-    draw(page)
-    expect(page.locator("#status")).to_contain_text("4 pictures in")
+    draw(page, "tiny")
+    expect(page.locator("#status")).to_contain_text("tiny drew 4 pictures in", timeout=SLOW)
     expect(page.locator("#footer")).to_contain_text("Model tiny")
 
 
@@ -145,8 +148,8 @@ def test_visitors_wait_for_one_download_and_choose_for_themselves(visit, studio)
     studio.arrives.set()
     expect_model(second, "mini")
     assert studio.begun == 1
-    draw(second)
-    draw(third)
+    draw(second, "mini")
+    draw(third, "tiny")
     expect_model(third, "tiny")
     expect(third.locator("#footer")).to_contain_text("Model tiny")
     expect(second.locator("#footer")).to_contain_text("Model mini")
@@ -165,6 +168,7 @@ def test_a_model_too_large_is_not_offered(visit, studio):
     page = visit(studio.url)
     pick(page, "mega")
     expect(page.locator("#offer")).to_contain_text("mega needs 11.0 GB of memory, and this computer has 8.0 GB free")
+    expect(page.locator("#offer")).to_contain_text("tiny goes on drawing.")
     expect(page.locator("#download")).to_be_hidden()
     expect_model(page, "tiny")
 
@@ -193,7 +197,7 @@ def test_a_model_that_does_not_load_says_so_and_the_former_draws(visit, studio):
     expect(failure).not_to_contain_text(str(studio.cache))
     expect(page.locator("#go")).to_be_visible()
     pick(page, "tiny")
-    draw(page)
+    draw(page, "tiny")
 
 
 def test_chinese_browser_is_offered_in_chinese(visit, studio):
