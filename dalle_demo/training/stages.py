@@ -37,7 +37,7 @@ from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_con
 
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels
-ADVERSARIAL_WEIGHT = 0.5  # of the discriminator's pull, where the other losses' is 1
+ADVERSARIAL_WEIGHT = 0.1  # of the discriminator's pull, where the other losses' is 1
 COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
 # At most these shares of a sample's input tokens are replaced by neighbours in code space, and by any codes. Sampling
 # makes mistakes that training must have seen. And a decoder that can trust the tokens before knows a picture by them,
