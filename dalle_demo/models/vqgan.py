@@ -7,6 +7,7 @@ only the reconstruction term is left to train (van den Oord et al. 2017, section
 Structure and state-dict names follow VQGAN (Esser et al. 2021), whose published weights are one configuration.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -42,9 +43,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h, w)."""
-        y = self.conv1(swish(self.norm1(x)))
-        y = self.conv2(swish(self.norm2(y)))
-        return y.add_(self.nin_shortcut(x))
+        y = self.norm2(self.conv1(swish(self.norm1(x))))
+        return self.conv2(swish(y)).add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -135,13 +135,12 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C', h, w)."""
+    def steps(self) -> Iterator[nn.Module]:
+        """Blocks in their order, for the caller to run: a method of this class would keep its input in memory."""
         for i, block in enumerate(self.block):
-            x = block(x)
+            yield block
             if self.attn:
-                x = self.attn[i](x)
-        return x
+                yield self.attn[i]
 
 
 class Encoder(nn.Module):
@@ -168,7 +167,8 @@ class Encoder(nn.Module):
         pixels = (pixels + 1) / 2 if self.from_zero else pixels
         x = self.conv_in(F.pixel_unshuffle(pixels, self.patch))
         for level in self.down:
-            x = level(x)
+            for step in level.steps():
+                x = step(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
         return self.conv_out(swish(self.norm_out(self.mid(x))))
@@ -198,7 +198,8 @@ class Decoder(nn.Module):
         """(B, C', h, w) -> (B, 3, H, W)."""
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
-            x = level(x)
+            for step in level.steps():
+                x = step(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
         x = self.conv_out(swish(self.norm_out(x)))

@@ -1,6 +1,7 @@
 """data set folder -> batches and losses: what each of the four stages trains, in the order they are run.
 
-vqgan: pixels -> tokens -> pixels. sharpen: tokens -> pixels, against a discriminator. text: phrases -> vectors of a public sentence encoder. dalle: captions -> tokens.
+vqgan: pixels -> tokens -> pixels. sharpen: tokens -> pixels, against a discriminator. text: phrases -> vectors of a
+public sentence encoder. dalle: captions -> tokens.
 Sample number i of a run is made from (seed, i) alone, whatever process makes it; only the place of the perceptual crop
 is drawn once for all samples of a process.
 """
