@@ -47,7 +47,62 @@ CSS = """
 footer { gap: 1rem; }
 footer .divider { display: none; } /* on a phone gradio leaves out what it would part */
 #footer p { text-align: center; font-size: .8rem; }
+#train, #draft, #prepared, #run, #after { gap: 14px; min-width: 0 !important; }
+#trainings_row { align-items: end; }
+#trainings_row button, #delete_row button { flex: 0 0 auto; }
+#delete_row { justify-content: flex-end; }
+#consent { padding-block: 10px; }
+#train p { margin: 0 0 .4rem; }
+#train details { margin: .2rem 0; }
+#train details ul { margin: .2rem 0 .4rem; padding-left: 1.4rem; list-style: disc; overflow-wrap: anywhere; }
+#report, #captions, #train_status, #reconstruction, #previews { padding: 0 !important; }
+#report p.failed, #train_status p.failed { color: var(--error-text-color); }
+.cards {
+  display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr));
+  max-height: 560px; overflow-y: auto; padding: 2px;
+}
+.card {
+  display: flex; flex-direction: column; overflow: hidden;
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); background: white;
+}
+.card.bare { border-color: var(--primary-600); border-style: dashed; }
+.card img { width: 100%; height: 132px; padding: 8px; object-fit: contain; }
+.card textarea {
+  width: 100%; flex: 1; padding: 6px 8px; border: 0; border-top: 1px solid var(--border-color-primary);
+  font: inherit; font-size: .8rem; line-height: 1.35; resize: vertical;
+  color: var(--body-text-color); background: var(--input-background-fill);
+}
+.card textarea:focus { outline: 2px solid var(--primary-600); outline-offset: -2px; }
+#train_status progress {
+  appearance: none; display: block; width: 100%; height: 8px; margin: .5rem 0; overflow: hidden;
+  border: 0; border-radius: 4px; background: var(--neutral-200);
+}
+#train_status progress::-webkit-progress-bar { background: var(--neutral-200); }
+#train_status progress::-webkit-progress-value { background: var(--primary-600); }
+#train_status progress::-moz-progress-bar { background: var(--primary-600); }
+#train_status .figures { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+#train_buttons button { flex: 0 1 auto; min-width: 110px; }
+#reconstruction figure { margin: 0; overflow-x: auto; }
+#reconstruction figcaption { color: var(--body-text-color-subdued); font-size: .85rem; }
+#reconstruction img { max-width: none; height: 200px; }
+#previews section { margin: 0 0 1rem; }
+#previews .pairs { display: flex; flex-wrap: wrap; gap: 10px; }
+#previews .pair { position: relative; width: 112px; }
+#previews .pair img { width: 112px; height: 112px; border-radius: var(--radius-md); object-fit: contain; }
+#previews .pair .nearest { width: 56px; height: 56px; margin: 4px auto 0; opacity: .85; }
+#previews .copy {
+  position: absolute; top: 4px; left: 4px; padding: 0 6px; border-radius: var(--radius-sm); font-size: .75rem;
+  color: white; background: var(--neutral-700);
+}
+#previews .strip { display: flex; gap: 4px; margin-top: 6px; overflow-x: auto; }
+#previews .strip img { width: 56px; height: 56px; flex: none; }
+#compare { padding: 12px 14px; }
+#compare .heading p { font-weight: 600; }
+#before .caption-label, #tuned .caption-label { display: none; }
 @media (max-width: 767px) {
+  #reconstruction img { height: 120px; }
+  #previews .pair, #previews .pair img { width: 76px; }
+  #previews .pair > img:first-child { height: 76px; }
   #studio { grid-template: "compose" "result" "settings" / 100%; }
   #gallery .grid-wrap { height: auto; }
   #status { order: -1; } /* above the pictures, in sight */

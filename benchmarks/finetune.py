@@ -1,0 +1,221 @@
+"""three small sets of unseen styles -> how much closer fine-tuning brings them, and what it forgets.
+
+python benchmarks/finetune.py --emoji data/emoji --out runs/finetune
+
+Icons of three openly licensed sets are fetched with npm, none of them among those that nano was trained on. On each
+one the command line is run as a user would. Then the tuned model and its base draw the captions that were trained on,
+and other names; pictures are compared on what no training here uses, features of an EfficientNet-Lite2 and colours.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dalle_demo import DalleEngine
+from dalle_demo.data import emoji, pairs, uploads
+from dalle_demo.data.emoji import Source
+from dalle_demo.evaluation.features import PARTS, Encoder
+from dalle_demo.images import from_pil, grid, to_pil
+from dalle_demo.training.watch import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES, SEED = 4, 1  # a prompt
+LARGEST_LOSS = 0.1  # of alignment on unrelated prompts
+SHARE_WANTED = 0.9  # of prompts that are to come closer
+
+
+@dataclass(frozen=True)
+class Set:
+    """Icons of one package, and how they are captioned."""
+
+    source: Source
+    caption: str
+    icons: str
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of icons and captions."""
+        return [(icon, self.caption.format(icon.replace("-", " "))) for icon in self.icons.split()]
+
+
+def _set(package: str, version: str, licence: str, credit: str, caption: str, icons: str) -> Set:
+    return Set(Source(f"@iconify-json/{package}", version, licence, credit, "", ""), caption, icons)
+
+
+SETS = {
+    "silhouette": _set(
+        "game-icons", "1.2.4", "CC-BY-3.0", "game-icons.net contributors", "{} silhouette",
+        "badger bat bee beaver butterfly camel cat chicken cow crab deer dolphin duck elephant frog goat hedgehog "
+        "kangaroo koala lion monkey mouse octopus owl panda penguin pig rabbit",
+    ),
+    "blueprint": _set(
+        "icon-park", "1.2.4", "Apache-2.0", "IconPark, ByteDance", "blueprint of {}",
+        "airplane apple banana bear book bread cactus cake camera carrot castle cherry duck elephant fish ghost gift "
+        "hamburger lamp rocket",
+    ),
+    "office": _set(
+        "flat-color-icons", "1.2.3", "MIT", "Flat Color Icons, Icons8", "office icon of {}",
+        "alarm-clock binoculars briefcase calculator calendar camera factory globe headset home key phone",
+    ),
+}  # fmt: skip
+UNRELATED = (
+    "banana", "bicycle", "bread", "bus", "candle", "crown", "dog", "fire", "fish", "guitar", "hammer", "horse",
+    "ice cream", "lemon", "maple leaf", "moai", "mushroom", "pizza", "potato", "rainbow", "ring", "rocket", "rose",
+    "sailboat", "snowflake", "soccer ball", "strawberry", "tractor", "umbrella", "watermelon",
+)  # fmt: skip
+
+
+class Features:
+    """Pictures (B, 3, H, W) in [-1, 1] -> vectors (B, F), whose product is the mean cosine of the encoder's parts."""
+
+    def __init__(self):
+        self._encoder = Encoder()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Vectors of a batch."""
+        found = torch.from_numpy(self._encoder([np.asarray(picture) for picture in to_pil(pixels)]))
+        return torch.cat([F.normalize(part, dim=1) for part in found.split(PARTS, 1)], 1) / len(PARTS) ** 0.5
+
+
+def main() -> None:
+    """Run all sets and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emoji", type=Path, required=True, help="folder made by `data emoji`: unrelated drawings")
+    parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and sheets of samples")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--base", default="nano")
+    parser.add_argument("--packages", type=Path, help="folder of npm packages unpacked earlier, instead of fetching")
+    parser.add_argument("train", nargs="*", help="further flags of `train finetune`, after --")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    features, results = Features(), {}
+    references = unrelated_references(options.emoji, features)
+    base = DalleEngine.load(options.base)
+    unrelated = alignment(draw(base, list(references)), references, features)
+    for name in options.sets:
+        results[name] = measure(name, options, base, features, references, unrelated)
+    summary = {"base": options.base, "flags": options.train, "sets": results}
+    summary["passed"] = all(one["passed"] for one in results.values())
+    (options.out / "finetune.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary))
+
+
+def measure(
+    name: str, options: argparse.Namespace, base: DalleEngine, features: Features, references: dict, unrelated: float
+) -> dict:
+    """Figures of one set."""
+    chosen, out = SETS[name], options.out / name
+    build(chosen, out / "upload", options.packages)
+    seconds = train(options.base, out / "upload", out / "run", options.train)
+    data = out / "run" / "data"
+    examples = uploads.load(data)
+    training, held_out = ([examples[i] for i in side] for side in uploads.split(examples))
+    known, targets = (features(pictures_of(data, side, base.config.vqgan.image_size)) for side in (training, held_out))
+    tuned = DalleEngine.load(str(out / "run" / "weights"))
+    prompts = [example.caption for example in training]
+    before, after = draw(base, prompts), draw(tuned, prompts)
+    save_sheet(out / "samples.png", before, after)
+    apart = [np.array([distance(features(one), targets) for one in drawn.values()]) for drawn in (before, after)]
+    share = float((apart[1] < apart[0]).mean())
+    kept = alignment(draw(tuned, list(references)), references, features)
+    return {
+        "package": f"{chosen.source.package} {chosen.source.version}",
+        "licence": chosen.source.licence,
+        "credit": chosen.source.credit,
+        "pictures": [len(training), len(held_out)],
+        "seconds": round(seconds),
+        "validation_loss": [round(line["validation_loss"], 3) for line in read_log(out / "run", "validation_loss")],
+        "distance_before_and_after": [round(float(one.mean()), 4) for one in apart],
+        "distance_of_training_pictures": round(distance(known, targets), 4),
+        "share_closer": round(share, 3),
+        "unrelated_before_and_after": [round(unrelated, 4), round(kept, 4)],
+        "passed": share >= SHARE_WANTED and kept >= (1 - LARGEST_LOSS) * unrelated,
+    }
+
+
+def build(chosen: Set, folder: Path, packages: Path | None) -> None:
+    """Write a folder of PNG files with captions beside them, as somebody would upload it."""
+    if packages is None:
+        packages = folder.parent / "npm"
+        if not (packages / chosen.source.folder).exists():
+            packages.mkdir(parents=True, exist_ok=True)
+            emoji.fetch(chosen.source, packages)
+    folder.mkdir(parents=True, exist_ok=True)
+    for icon, caption in chosen.pairs:
+        Image.fromarray(emoji.render((chosen.source, icon, ""), packages)).save(folder / f"{icon}.png")
+        (folder / f"{icon}.txt").write_text(caption + "\n")
+
+
+def train(base: str, data: Path, out: Path, flags: list[str]) -> float:
+    """Seconds of a run by the command line; one that was broken off goes on."""
+    command = [sys.executable, "-m", "dalle_demo", "train", "finetune", "--base", base, "--data", data, "--out", out]
+    start = time.monotonic()
+    subprocess.run([*map(str, command), "--resume", *flags], cwd=ROOT, check=True)
+    return time.monotonic() - start
+
+
+def draw(engine: DalleEngine, prompts: list[str]) -> dict[str, Tensor]:
+    """Pixels (SAMPLES, 3, H, W) of each prompt, at the model's own settings."""
+    drawn = {}
+    for prompt in prompts:
+        (last,) = engine.generate(engine.params(prompt, n=SAMPLES, seed=SEED), previews=False)
+        drawn[prompt] = from_pil(last.images)
+    return drawn
+
+
+def save_sheet(path: Path, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """One prompt a row: the base's pictures on the left, those of the tuned model on the right."""
+    rows = [picture for prompt in before for drawn in (before, after) for picture in to_pil(drawn[prompt])]
+    grid(rows, 2 * SAMPLES).save(path)
+
+
+def pictures_of(folder: Path, examples: list, size: int) -> Tensor:
+    """Pictures of a prepared folder."""
+    return uploads.pixels(folder, examples, size).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def distance(samples: Tensor, targets: Tensor) -> float:
+    """Mean cosine distance of all pairs."""
+    return 1 - (samples @ targets.T).mean().item()
+
+
+def unrelated_references(folder: Path, features: Features) -> dict[str, Tensor]:
+    """Mean feature of the drawings of each unrelated name in the data that nano was trained on."""
+    data = pairs.load(folder)
+    references = {}
+    for name in UNRELATED:
+        rows = np.array([i for i, row in enumerate(data.rows) if row["name"] == name])
+        if not len(rows):
+            raise ValueError(f"{folder} has no drawing of {name!r}")
+        white, count = torch.full((len(rows), 3), 255.0), len(rows)
+        pixels = pairs.render(data.pictures(rows), white, torch.ones(count), torch.zeros(count, 2))
+        references[name] = F.normalize(features(pixels).mean(0), dim=0)
+    return references
+
+
+def alignment(drawn: dict[str, Tensor], references: dict[str, Tensor], features: Features) -> float:
+    """How far samples are closer to drawings of their own name than of others: 1 than of all, 0 by chance."""
+    names, table = list(references), torch.stack(list(references.values()))
+    scores = []
+    for prompt, pixels in drawn.items():
+        near = features(pixels) @ table.T  # (SAMPLES, names)
+        own = near[:, [names.index(prompt)]]
+        scores.append(2 * (near < own).float().sum(1) / (len(names) - 1) - 1)
+    return torch.cat(scores).mean().item()
+
+
+if __name__ == "__main__":
+    main()

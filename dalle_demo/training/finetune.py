@@ -1,0 +1,242 @@
+"""a few pictures with captions, a base model -> a tuned model: adapters on the image decoder, or all its weights.
+
+Training is `loop.Run` with the stage of `finetune_stage.py`, so it is resumable to the bit and data-parallel as all
+stages are. What people see of a run is made in `watch.py`.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dalle_demo.config import GenerateParams
+from dalle_demo.data import uploads
+from dalle_demo.engines import DalleEngine
+from dalle_demo.hardware import seconds_per_image
+from dalle_demo.training import loop
+from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep
+from dalle_demo.training.loop import Plan, Workers
+from dalle_demo.training.watch import Watch, previews_of, write_json
+from dalle_demo.weights import LARGE, StoredPart, find, stored_config
+
+# Steps. A LoRA step of nano takes 0.65 s of one core, so on 2 cores these stay under 2, 10 and 30 minutes with previews
+EFFORTS = {"try": 140, "balanced": 700, "thorough": 2100}
+LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}
+BATCH, LARGE_BATCH = 16, 4  # pictures a step, of small and of large decoders
+CHECKPOINTS = 10
+PROBED, PROBED_STEPS = 4, 3
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What a run is made from. Raises ValueError that names the flag."""
+
+    base: str
+    data: str  # prepared folder, or anything that data/uploads.py reads
+    effort: Literal["try", "balanced", "thorough"] = "balanced"
+    method: Literal["lora", "full"] = "lora"
+    rank: int = 16
+    steps: int | None = None  # as the effort has it when None
+    learning_rate: float | None = None  # as the method has it when None
+    text_encoder: bool = False  # trained too
+    prompt: str = ""  # of the previews
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, choices in (("effort", EFFORTS), ("method", LEARNING_RATES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} must be one of {', '.join(choices)}")
+        for name, low, high in (("rank", 1, 256), ("steps", 1, 10**6), ("seed", 0, 2**31 - 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name} must be from {low} to {high}, not {value}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise ValueError(f"--learning-rate must be between 0 and 1, not {self.learning_rate}")
+        if self.prompt:
+            GenerateParams(self.prompt)
+
+    @classmethod
+    def read(cls, out: Path) -> "FinetuneSettings":
+        """Settings of a run folder; raises ValueError."""
+        try:
+            return cls(**json.loads((out / "settings.json").read_text(encoding="utf-8")))
+        except (OSError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{out} holds no run that can go on: {error}") from error
+
+    def lasting(self) -> dict[str, str]:
+        """Flags that a run which goes on must share; steps and learning rate may change."""
+        names = ("base", "method", "rank", "text_encoder", "seed")
+        return {f"--{name.replace('_', '-')}": str(getattr(self, name)) for name in names}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that are trained."""
+        return ("text_encoder", "image_decoder") if self.text_encoder else ("image_decoder",)
+
+    def plan(self) -> Plan:
+        """Batch, steps and rate; large models are checkpointed and logged as often by the clock, not by the step."""
+        steps, large = self.steps or EFFORTS[self.effort], is_large(self.base)
+        return Plan(
+            batch=LARGE_BATCH if large else BATCH,
+            learning_rate=self.learning_rate or LEARNING_RATES[self.method],
+            steps=steps,
+            warmup=max(1, steps // 20),
+            checkpoint_minutes=math.inf,
+            checkpoint_steps=math.ceil(steps / CHECKPOINTS),
+            log_steps=1 if large else 5,
+            precision="auto" if large else "fp32",
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take on this machine."""
+
+    seconds_per_step: float
+    seconds: float  # in all: tokens, steps and previews
+    memory: int  # bytes, at most
+
+    def __str__(self):
+        minutes, pace = math.ceil(self.seconds / 60), self.seconds_per_step
+        return f"about {minutes} minutes at {pace:.2f} seconds a step, and {self.memory / 1e9:.1f} GB of memory"
+
+
+def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> None:
+    """Run from data to weights; see README for what `out` then holds.
+
+    Raises:
+        ValueError: a setting, the data or the base cannot be used, or `out` holds a run and `resume` is false.
+    """
+    if resume and (out / "settings.json").exists():
+        loop.check_same(out, FinetuneSettings.read(out).lasting(), settings.lasting())
+    plan, watch = settings.plan(), Watch(out)
+    check_encoder(settings.base)
+
+    def make(workers: Workers) -> "FinetuneStage":
+        if workers.rank == 0:
+            watch.begin(plan.steps)
+            bring_data(settings, out, resume)
+        workers.wait()
+        return FinetuneStage(settings, plan, out, workers)
+
+    try:
+        loop.train(make, plan, out, resume, watch)
+    except BaseException as error:
+        watch.broke(error)
+        raise
+    watch.end()
+
+
+def is_large(base: str) -> bool:
+    """Whether the base's image decoder is one whose weights stay in their file until they are needed."""
+    shapes = StoredPart(find(base) / "model.safetensors", "image_decoder").shapes
+    return sum(map(math.prod, shapes.values())) > LARGE
+
+
+def check_encoder(base: str) -> None:
+    """Raise ValueError for a model that turns tokens into pixels, but not pixels into tokens."""
+    if not stored_config(find(base), "vqgan").encoder:
+        raise ValueError(
+            f"{base} cannot be trained on pictures, since its VQGAN was published without an encoder for them: "
+            "`python -m dalle_demo weights pull mini-flax` fetches a mini that has one, for --base mini-flax"
+        )
+
+
+def bring_data(settings: FinetuneSettings, out: Path, resume: bool) -> None:
+    """Write settings.json and data/; what an earlier attempt left is replaced unless the run goes on."""
+    out.mkdir(parents=True, exist_ok=True)
+    source, folder = Path(settings.data), out / "data"
+    if not resume:
+        for name in ("previews", "weights"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        if source.resolve() != folder.resolve():
+            shutil.rmtree(folder, ignore_errors=True)
+    write_json(out / "settings.json", dataclasses.asdict(settings))
+    if uploads.is_prepared(folder):
+        return
+    if uploads.is_prepared(source):
+        partial_copy = out / "data.part"
+        shutil.rmtree(partial_copy, ignore_errors=True)
+        shutil.copytree(source, partial_copy)
+        partial_copy.replace(folder)
+    else:
+        uploads.prepare([source], folder)
+
+
+def probe(settings: FinetuneSettings, data: Path) -> Estimate:
+    """Measure three real steps on a prepared folder, in a process of its own, whose memory is that of a run.
+
+    Raises ValueError when the base cannot be trained, or there is not enough memory.
+    """
+    check_encoder(settings.base)
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_measure, settings, data).result()
+    except (BrokenProcessPool, MemoryError):
+        raise ValueError(
+            f"there is not enough memory to train {settings.base}: close other programs, or choose a smaller model"
+        ) from None
+
+
+def estimate(settings: FinetuneSettings) -> Estimate:
+    """`probe` of whatever `settings.data` is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(settings.data)
+        if not uploads.is_prepared(folder):
+            folder = Path(scratch, "data")
+            uploads.prepare([Path(settings.data)], folder)
+        return probe(settings, folder)
+
+
+def _measure(settings: FinetuneSettings, data: Path) -> Estimate:
+    plan, examples = settings.plan(), [example for example in uploads.load(data) if example.caption]
+    alone = Workers()
+    alone.count, alone.rank = 1, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        shutil.copytree(
+            data, out / "data", ignore=lambda *_: {Path(example.file).name for example in examples[PROBED:]}
+        )
+        lines = (json.dumps(dataclasses.asdict(example)) + "\n" for example in examples[:PROBED])
+        (out / "data" / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
+        start = time.monotonic()
+        stage = FinetuneStage(settings, plan, out, alone, most_kept=1)
+        prepared = time.monotonic() - start
+        run = loop.Run(stage, plan, out, alone, loop.Monitor())
+        run.done = 0.0
+        times = [_seconds(run.take_step) for _ in range(PROBED_STEPS)]
+        step = min(times)
+        DalleEngine(stage.model(run.ema), threads=torch.get_num_threads())  # for the memory that it takes
+        picture = _seconds(lambda: stage.tokenise(range(1)))
+        drawn = len(names_to_keep(examples, is_large(settings.base))) + (CHECKPOINTS + 1) * previews_of(stage.config)
+        drawing = drawn * seconds_per_image(stage.config)
+    seconds = prepared + max(0, len(examples) - PROBED) * picture + plan.steps * step + drawing
+    return Estimate(step, seconds, _peak_memory())
+
+
+def _peak_memory() -> int:
+    """Bytes; `getrusage` would count the parent's too, which started this process as a copy of itself."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.monotonic()
+    run()
+    return time.monotonic() - start

@@ -1,0 +1,229 @@
+"""a run -> what people see of it and ask of it: state.json, previews, copies, and what they mean in plain words."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle_demo.config import DalleConfig
+from dalle_demo.engines import DalleEngine
+from dalle_demo.images import from_pil, grid
+from dalle_demo.training.loop import Monitor, Run
+
+if TYPE_CHECKING:
+    from dalle_demo.training.finetune_stage import FinetuneStage
+
+WORDS = ("pause", "stop", "save")
+SEED = 1  # of the first preview of each prompt
+GENERIC, UNSEEN = "a red apple", "a purple elephant"
+THUMBNAIL = 16  # pixels
+COPY = 0.1  # distance below which a preview counts as a copy of a training picture
+PATIENCE = 3  # checkpoints without a better one
+OFTEN = 0.5  # seconds between two writings of state.json
+NOTICES = {
+    "early": "It is too early to say more.",
+    "learning": "Going well: held-out pictures are predicted better than ever.",
+    "waiting": "Held-out pictures were predicted best at step {best}, which is kept; that often changes again.",
+    "by_heart": "Held-out pictures were predicted best at step {best}, {count} checkpoints ago: by now it learns your "
+    "pictures by heart. Step {best} is kept; you can stop.",
+    "copies": "{share} % of the samples of a prompt that it has never seen are copies of your pictures: it has learned "
+    "them by heart. More pictures or fewer steps help; step {best} is kept.",
+    "nothing_held_out": "There are too few different pictures to hold any out, so nothing can tell learning from "
+    "learning by heart: judge by the previews.",
+}
+
+
+@dataclass(frozen=True)
+class Notice:
+    """How a run is doing: one of NOTICES, and the values that it wants; in English as a str."""
+
+    key: str
+    values: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self):
+        return NOTICES[self.key].format(**self.values)
+
+
+def judge(lines: Sequence[Mapping[str, Any]], copies: float, held_out: int) -> Notice:
+    """Overfitting in words.
+
+    Args:
+        lines: validation lines of the log.
+        copies: their share among the previews of an unseen prompt.
+        held_out: number of pictures.
+    """
+    if not held_out:
+        return Notice("nothing_held_out")
+    after_start = [line for line in lines if line["step"] > 0]
+    if not after_start:
+        return Notice("early")
+    losses = [line["validation_loss"] for line in after_start]
+    best, last = losses.index(min(losses)), len(losses) - 1
+    values = {"best": after_start[best]["step"], "count": last - best}
+    if copies >= 0.5:
+        return Notice("copies", values | {"share": round(100 * copies)})
+    if last - best >= PATIENCE:
+        return Notice("by_heart", values)
+    return Notice("learning" if best == last else "waiting", values)
+
+
+class Watch(Monitor):
+    """Writes state.json and previews, and reads the file `ask`."""
+
+    def __init__(self, out: Path):
+        self.out, self.word, self.notice = out, None, Notice("early")
+        self.began, self.told = False, 0.0
+        self.step, self.steps, self.start = 0, 0, None  # `start` is the step and time of the first step made here
+
+    def begin(self, steps: int) -> None:
+        """Tell that there is a run, which is being prepared."""
+        self.began, self.steps = True, steps
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._tell("preparing", "Reading the pictures.")
+
+    def stepped(self, run: Run) -> bool:
+        """Do what was asked for, and tell the step."""
+        self.step = run.step
+        self.start = self.start or (run.step, time.monotonic())
+        word = self._asked()
+        if word in ("pause", "stop"):
+            self.word = word
+            run.stopping = True
+        if time.monotonic() - self.told >= OFTEN:
+            self._tell("running", str(self.notice))
+        return word == "save"
+
+    def _asked(self) -> str | None:
+        try:
+            word = (self.out / "ask").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+        if word:  # else it is being written
+            (self.out / "ask").unlink(missing_ok=True)
+        return word if word in WORDS else None
+
+    def checking(self, run: Run) -> None:
+        """Draw the previews and say how it goes."""
+        self.step = run.step
+        copies = draw_previews(run.stage, run.ema, run.step, self.out / "previews")
+        self.notice = judge(read_log(self.out, "validation_loss"), copies, run.stage.held_out_pictures)
+        self._tell("running", str(self.notice))
+
+    def end(self) -> None:
+        """Tell how a run that was not broken off has ended."""
+        if not self.began:  # another process tells
+            return
+        lines = read_log(self.out, "validation_loss")
+        self.step = lines[-1]["step"]
+        if self.step >= self.steps:
+            (self.out / "ask").unlink(missing_ok=True)
+            self._tell("done", f"The best by held-out pictures is in {self.out / 'weights'}.")
+        elif self.word == "stop":
+            self._tell("stopped", "What was best until now is kept.")
+        else:
+            self._tell("paused", f"It goes on at step {self.step} of {self.steps}.")
+
+    def broke(self, error: BaseException) -> None:
+        """Tell of an error, or of Ctrl+C before the first step."""
+        if self.began:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self._tell("paused" if stopped else "failed", str(error) or type(error).__name__)
+
+    def _tell(self, state: str, message: str) -> None:
+        left = None
+        if self.start and self.step > self.start[0]:
+            pace = (time.monotonic() - self.start[1]) / (self.step - self.start[0])
+            left = round((self.steps - self.step) * pace, 1)
+        told = {"state": state, "step": self.step, "steps": self.steps, "seconds_left": left, "message": message}
+        write_json(self.out / "state.json", told | {"notice": vars(self.notice)})
+        self.told = time.monotonic()
+
+
+def previews_of(config: DalleConfig) -> int:
+    """Number of pictures that a checkpoint draws."""
+    return 3 * previews_a_prompt(config)
+
+
+def previews_a_prompt(config: DalleConfig) -> int:
+    """As many as the model draws by default: large ones take long."""
+    return int(config.defaults.get("n", 4))
+
+
+def prompts_of(stage: "FinetuneStage") -> dict[str, str]:
+    """The user's prompt, else a caption; one that training never sees; and one that has nothing to do with the data."""
+    seen = [stage.examples[i].caption for i in stage.training]
+    unseen = [stage.examples[i].caption for i in stage.held_out if stage.held_out_pictures]
+    unseen = [caption for caption in unseen if caption not in seen] + [UNSEEN]
+    yours = stage.settings.prompt or next((caption for caption in seen if is_prompt(caption)), GENERIC)
+    return {"yours": yours, "unseen": next(filter(is_prompt, unseen)), "generic": GENERIC}
+
+
+def is_prompt(caption: str) -> bool:
+    """Whether an engine draws it."""
+    return any(c.isalnum() for c in caption) and len(caption) <= 1000
+
+
+def draw_previews(stage: "FinetuneStage", network: torch.nn.Module, step: int, folder: Path) -> float:
+    """Write STEP.png, a row for each prompt, and STEP.json; returns the share of copies among the unseen ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    n, rows, pictures = previews_a_prompt(stage.config), [], []
+    engine = DalleEngine(stage.model(network), threads=torch.get_num_threads(), device="cpu")
+    known = thumbnails_of(stage)
+    for kind, prompt in prompts_of(stage).items():
+        (last,) = engine.generate(engine.params(prompt, n=n, seed=SEED), previews=False)
+        pictures += last.images
+        distances, nearest = distance(thumbnails(from_pil(last.images)), known).min(1)
+        drawn = [
+            {"seed": seed, "nearest": stage.examples[stage.training[i]].file, "distance": round(d, 4), "copy": d < COPY}
+            for seed, i, d in zip(last.seeds, nearest.tolist(), distances.tolist(), strict=True)
+        ]
+        rows.append({"kind": kind, "prompt": prompt, "pictures": drawn})
+    path = folder / f"{step:06d}.png"
+    grid(pictures, n).save(path.with_suffix(".png.part"), "PNG")
+    path.with_suffix(".png.part").replace(path)
+    write_json(path.with_suffix(".json"), {"step": step, "columns": n, "rows": rows})
+    unseen = rows[1]["pictures"]
+    return sum(one["copy"] for one in unseen) / len(unseen)
+
+
+def thumbnails_of(stage: "FinetuneStage") -> Float[Tensor, "M F"]:
+    """Those of the training pictures."""
+    known = [stage.examples[i] for i in stage.training]
+    return torch.cat([thumbnails(stage.pixels(known[start : start + 64])) for start in range(0, len(known), 64)])
+
+
+def thumbnails(pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+    """Pictures shrunk until small shifts matter little, in 0..1."""
+    return F.adaptive_avg_pool2d((pixels + 1) / 2, THUMBNAIL).flatten(1)
+
+
+def distance(a: Float[Tensor, "A F"], b: Float[Tensor, "B F"]) -> Float[Tensor, "A B"]:
+    """Root mean square of differences, 0..1."""
+    return torch.cdist(a, b) / a.shape[1] ** 0.5
+
+
+def read_log(out: Path, key: str) -> list[dict[str, Any]]:
+    """Lines of log.jsonl that hold a figure; one that was cut short by a kill is passed over."""
+    lines = []
+    for text in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if key in line:
+            lines.append(line)
+    return lines
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that others read at any moment."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

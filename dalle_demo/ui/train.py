@@ -1,0 +1,713 @@
+"""uploaded pictures with captions -> a tuned model in the Generate tab: the Train tab.
+
+Each handler is given the owner's secret by the visitor's browser, and the job that the page shows; what is done is done
+by training/jobs.py, so that the page may be closed at any moment.
+"""
+
+import dataclasses
+import html
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from dalle_demo.config import ParamError
+from dalle_demo.images import slug
+from dalle_demo.shelf import Shelf, ShelfError, free_memory
+from dalle_demo.ui import train_views as views
+from dalle_demo.ui.models import ModelChoice, language_of
+from dalle_demo.ui.strings import duration, megabytes, say
+
+if TYPE_CHECKING:
+    from dalle_demo.training.jobs import Job, Jobs
+
+EFFORTS = ("try", "balanced", "thorough")
+ACTIVE = ("waiting", "preparing", "running", "pausing", "stopping")
+BUTTONS = {  # that make sense in a state
+    "pause": ("waiting", "preparing", "running"),
+    "resume": ("paused", "failed"),
+    "save_now": ("running",),
+    "stop_training": ("waiting", "preparing", "running", "paused"),
+}
+COLOURS = ("#047857", "#d97706", "#a7c4b9")  # training, validation, each value
+SAMPLES = 4  # pictures before, and as many after
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+log = logging.getLogger(__name__)
+
+
+class TrainTab:
+    """Components and events of the tab; create it inside its `gr.Tab`."""
+
+    def __init__(self, shelf: Shelf, t: gr.I18n, page: gr.Blocks, models: ModelChoice, tabs: gr.Tabs):
+        self.shelf, self.models, self.tabs = shelf, models, tabs
+        self.jobs = open_jobs()
+        self._owners: dict[str, str] = {}  # of browser sessions
+        self._measured: dict[tuple, Any] = {}  # estimates, by what they depend on
+        # A secret that is not drawn at random: the browser keeps it from one start of the server to the next.
+        self.owner = gr.BrowserState("", storage_key="dalle_demo_owner", secret="dalle_demo")
+        self.viewed, self.seen = gr.State(""), gr.State({})
+        self.timer = gr.Timer(1.0, active=False)
+        with gr.Column(elem_id="train"):
+            gr.Markdown(t("train_intro"), elem_id="train_intro")
+            with gr.Row(visible=False, elem_id="trainings_row") as self.chooser:
+                self.picker = gr.Dropdown([], label=t("trainings"), filterable=False, scale=3, elem_id="trainings")
+                self.new = gr.Button(t("new"), size="sm", scale=1, elem_id="new_training")
+            self._lay_out_draft(t)
+            self._lay_out_run(t)
+            self._lay_out_after(t)
+        models.own = self.own
+        self._wire(page)
+
+    def _lay_out_draft(self, t: gr.I18n) -> None:
+        """Pictures, captions and the plan."""
+        with gr.Column(visible=False, elem_id="draft") as self.draft:  # until it is known whose it is
+            self.upload = gr.File(label=t("upload"), file_count="multiple", height=190, elem_id="upload")
+            self.consent = gr.Checkbox(False, label=t("consent"), elem_id="consent")
+            self.report = gr.HTML(elem_id="report")
+            with gr.Column(visible=False, elem_id="prepared") as self.prepared:
+                gr.Markdown(t("captions_help"))
+                self.captions = gr.HTML(js_on_load=views.SAVE_CAPTIONS, elem_id="captions")
+                with gr.Row():
+                    self.title = gr.Textbox(
+                        label=t("title"), placeholder=t("title_placeholder"), max_length=60, elem_id="title"
+                    )
+                    self.prompt = gr.Textbox(
+                        label=t("preview_prompt"),
+                        placeholder=t("preview_prompt_placeholder"),
+                        max_length=1000,
+                        elem_id="preview_prompt",
+                    )
+                self.effort = gr.Radio(list(EFFORTS), value="balanced", label=t("effort"), elem_id="effort")
+                with gr.Accordion(t("advanced"), open=False, elem_id="train_advanced"):
+                    self._lay_out_advanced(t)
+                self.plan = gr.Markdown(elem_id="plan")
+            self.start = gr.Button(t("start"), variant="primary", interactive=False, elem_id="start")
+            self.hint = gr.Markdown(elem_id="hint")
+
+    def _lay_out_advanced(self, t: gr.I18n) -> None:
+        bases = list(self.shelf.trainable())
+        methods = [(t("method_lora"), "lora"), (t("method_full"), "full")]
+        with gr.Row():
+            self.base = gr.Dropdown(
+                bases, value=next(iter(bases), None), label=t("base"), info=t("base_help"), elem_id="base"
+            )
+            self.method = gr.Radio(methods, value="lora", label=t("method"), info=t("method_help"), elem_id="method")
+        with gr.Row():
+            self.rank = gr.Slider(1, 64, 16, step=1, label=t("rank"), info=t("rank_help"), elem_id="rank")
+            self.text_encoder = gr.Checkbox(
+                False, label=t("text_encoder"), info=t("text_encoder_help"), elem_id="text_encoder"
+            )
+        with gr.Row():
+            self.steps = gr.Number(None, precision=0, label=t("steps"), info=t("steps_help"), elem_id="steps")
+            self.rate = gr.Number(None, label=t("learning_rate"), info=t("learning_rate_help"), elem_id="learning_rate")
+            self.seed = gr.Number(
+                0, precision=0, label=t("train_seed"), info=t("train_seed_help"), elem_id="train_seed"
+            )
+
+    def _lay_out_run(self, t: gr.I18n) -> None:
+        """What is seen of a run, in the order in which it comes to be."""
+        with gr.Column(visible=False, elem_id="run") as self.run:
+            self.status = gr.HTML(elem_id="train_status")
+            with gr.Row(elem_id="train_buttons"):
+                self.buttons = {
+                    name: gr.Button(t(name), size="sm", elem_id=name, variant="stop" if "stop" in name else "secondary")
+                    for name in BUTTONS
+                }
+            self.reconstruction = gr.HTML(elem_id="reconstruction")
+            with gr.Column(visible=False, elem_id="losses") as self.losses:
+                self.plot = gr.LinePlot(
+                    label=t("loss_plot"), x="step", y="loss", color="series", height=260, elem_id="loss_plot"
+                )
+                with gr.Row():
+                    self.raw = gr.Checkbox(False, label=t("raw"), container=False, elem_id="raw")
+                    self.logarithmic = gr.Checkbox(
+                        False, label=t("logarithmic"), container=False, elem_id="logarithmic"
+                    )
+            self.previews = gr.HTML(elem_id="previews")
+
+    def _lay_out_after(self, t: gr.I18n) -> None:
+        """What can be done with a tuned model."""
+        with gr.Column(visible=False, elem_id="after") as self.after:
+            with gr.Group(elem_id="compare"):
+                gr.Markdown(t("compare"), elem_classes="heading")
+                with gr.Row():
+                    self.compare_prompt = gr.Textbox(label=t("compare_prompt"), max_lines=3, elem_id="compare_prompt")
+                    self.strength = gr.Slider(
+                        0, 1.5, 1.0, step=0.05, label=t("strength"), info=t("strength_help"), elem_id="strength"
+                    )
+                with gr.Row():
+                    self.draw_both = gr.Button(t("draw_both"), elem_id="draw_both")
+                    self.use = gr.Button(t("use"), variant="primary", elem_id="use")
+                self.compared = gr.Markdown(elem_id="compared")
+                with gr.Row(visible=False) as self.pairs:
+                    looks = {"columns": SAMPLES, "height": "auto", "format": "png", "object_fit": "contain"}
+                    self.before = gr.Gallery(label=t("before"), elem_id="before", interactive=False, **looks)
+                    self.tuned = gr.Gallery(label=t("after"), elem_id="tuned", interactive=False, **looks)
+            with gr.Accordion(t("manage"), open=False, elem_id="manage"):
+                with gr.Row():
+                    self.new_title = gr.Textbox(label=t("title"), max_length=60, scale=3, elem_id="new_title")
+                    self.rename = gr.Button(t("rename"), size="sm", scale=1, elem_id="rename")
+                self.licence = gr.Textbox(label=t("licence"), info=t("licence_help"), max_length=40, elem_id="licence")
+                with gr.Row():
+                    self.export = gr.Button(t("export"), size="sm", elem_id="export")
+                    self.zip = gr.DownloadButton(
+                        t("download_export"), size="sm", variant="primary", visible=False, elem_id="download_export"
+                    )
+                with gr.Row():
+                    self.repo = gr.Textbox(label=t("repo"), placeholder="name/model", elem_id="repo")
+                    self.token = gr.Textbox(label=t("token"), info=t("token_help"), type="password", elem_id="token")
+                    self.private = gr.Checkbox(True, label=t("private"), info=t("private_help"), elem_id="private")
+                self.push = gr.Button(t("push"), size="sm", elem_id="push")
+                self.told = gr.Markdown(elem_id="told")
+        with gr.Row(visible=False, elem_id="delete_row") as self.delete_row:
+            self.delete = gr.Button(t("delete"), size="sm", elem_id="delete")
+            self.delete_sure = gr.Button(
+                t("delete_sure"), size="sm", variant="stop", visible=False, elem_id="delete_sure"
+            )
+
+    def _wire(self, page: gr.Blocks) -> None:
+        """Connect the events; those that must keep their order share the queue named `captions`."""
+        me, at_once = [self.owner, self.viewed], QUIET | {"queue": False}
+        in_order = QUIET | {"concurrency_limit": 1, "concurrency_id": "captions"}
+        readiness = [self.start, self.hint]
+        planned = [self.effort, self.plan]
+        self.everything = [
+            *(self.viewed, self.seen, self.timer, self.chooser, self.picker, self.draft, self.upload, self.report),
+            *(self.prepared, self.captions, self.title, self.prompt, *planned, *readiness, self.run, self.status),
+            *(*self.buttons.values(), self.reconstruction, self.losses, self.plot, self.previews, self.after),
+            *(self.compare_prompt, self.strength, self.compared, self.pairs, self.new_title, self.zip, self.told),
+            *(self.delete_row, self.delete, self.delete_sure, self.models.model),
+        ]
+        looks = [self.raw, self.logarithmic]
+        probed = [*me, self.base, self.method, self.text_encoder, self.effort, self.steps]
+        probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
+
+        arrived = page.load(self.arrive, [self.owner, self.consent], [self.owner, *self.everything], **at_once)
+        self.models.arrived.then(self.offer_own, [self.owner], self.models.model, **at_once)
+        read = self.upload.upload(
+            self.prepare, [*me, self.upload, self.consent], self.everything, **QUIET, concurrency_limit=2
+        )
+        for event in (arrived, read):
+            event.then(self.estimate, probed, planned, **probing)
+        for choice in (self.base, self.method, self.text_encoder):
+            choice.input(self.estimate, probed, planned, **probing)
+        for choice in (self.effort, self.steps):
+            choice.input(self.show_plan, probed, planned, **at_once)
+        self.captions.input(self.save_caption, [*me, self.consent], readiness, trigger_mode="multiple", **in_order)
+        self.consent.input(self.show_readiness, [*me, self.consent], readiness, **at_once)
+        plan = [self.title, self.effort, self.prompt, self.base, self.method, self.rank, self.steps, self.rate]
+        self.start.click(
+            self.begin, [*me, self.consent, *plan, self.text_encoder, self.seed], self.everything, **in_order
+        )
+        self.picker.input(self.pick, [self.owner, self.picker, self.consent], self.everything, **at_once).then(
+            self.estimate, probed, planned, **probing
+        )
+        self.new.click(self.pick, [self.owner, gr.State(""), self.consent], self.everything, **at_once)
+        for name, button in self.buttons.items():
+            button.click(getattr(self, f"press_{name}"), [*me, *looks], self.everything, **at_once)
+        self.timer.tick(self.poll, [*me, self.seen, *looks], self.everything, **at_once)
+        for box in looks:
+            box.input(self.poll, [*me, self.seen, *looks], self.everything, **at_once)
+        gr.on(
+            [self.draw_both.click, self.compare_prompt.submit, self.strength.release],
+            self.compare,
+            [*me, self.compare_prompt, self.strength],
+            [self.compared, self.pairs, self.before, self.tuned],
+            **QUIET,
+            trigger_mode="always_last",
+            concurrency_limit=1,
+            concurrency_id="engine",
+        )
+        self.use.click(self.use_in_generate, [*me, self.strength], [*self.models.shown, self.tabs], **at_once)
+        self.rename.click(self.press_rename, [*me, self.new_title], self.everything, **at_once)
+        self.export.click(self.press_export, [*me, self.licence], [self.zip, self.told], **QUIET)
+        self.push.click(
+            self.press_push,
+            [*me, self.repo, self.token, self.private, self.licence],
+            [self.told, self.token],
+            **QUIET,
+            concurrency_limit=4,
+        )
+        self.delete.click(lambda: gr.Button(visible=True), None, self.delete_sure, **at_once)
+        self.delete_sure.click(self.press_delete, [*me, self.consent], self.everything, **at_once)
+        page.unload(self.leave)
+
+    # the visitor's jobs
+
+    def arrive(self, request: gr.Request, owner: str, consent: bool) -> dict:
+        """Show the newest job of the visitor, if there is one; give a new visitor a secret."""
+        from dalle_demo.training.jobs import new_owner
+
+        owner = owner if isinstance(owner, str) and owner else new_owner()
+        self._owners[request.session_hash] = owner
+        job = next(iter(self.jobs.of(owner)), None)
+        return {self.owner: owner} | self._view(request, owner, job, consent)
+
+    def offer_own(self, request: gr.Request, owner: str) -> gr.Dropdown:
+        """Put the visitor's models among those of the Generate tab."""
+        self._owners[request.session_hash] = owner
+        return gr.Dropdown(self.models.choices(request)) if self.own(request) else gr.skip()
+
+    def leave(self, request: gr.Request) -> None:
+        """Forget a closed page; its jobs go on."""
+        self._owners.pop(request.session_hash, None)
+
+    def own(self, request: gr.Request) -> list[str]:
+        """Names on the shelf of the visitor's tuned models."""
+        owner = self._owners.get(request.session_hash)
+        jobs = self.jobs.of(owner) if owner else []
+        return [self._adopt(job) for job in jobs if self.jobs.weights(job)]
+
+    def pick(self, request: gr.Request, owner: str, name: str, consent: bool) -> dict:
+        """Show another job, or an empty form."""
+        job = self._job(request, owner, name) if name else None
+        return self._view(request, owner, job, consent)
+
+    def _adopt(self, job: "Job") -> str:
+        """Put a tuned model on the shelf; its name there, which nobody can guess."""
+        name, folder, title, strength = f"{job.id}@{job.strength:g}", self.jobs.weights(job), job.title, job.strength
+
+        def change(model: Any) -> Any:
+            if strength != 1:
+                from dalle_demo.training import lora  # brings the trainer
+
+                model = lora.scale(model, folder, strength)
+            return dataclasses.replace(model, name=title)
+
+        self.shelf.adopt(name, title, folder, change)
+        return name
+
+    def _job(self, request: gr.Request, owner: str, name: str) -> "Job":
+        """The job that the page shows; gr.Error where it is not this visitor's."""
+        self._owners[request.session_hash] = owner
+        try:
+            return self.jobs.get(owner, name)
+        except ValueError as error:
+            raise _refusal(error, request) from error
+
+    # what the page shows
+
+    def _view(self, request: gr.Request, owner: str, job: "Job | None", consent: bool = False) -> dict:
+        """All of the tab for a job, or for none yet."""
+        language, jobs = language_of(request), self.jobs.of(owner)
+        draft = job is None or job.wish == "draft"
+        choices = [(self._line(other, language), other.id) for other in jobs]
+        shown = {
+            self.viewed: job.id if job else "",
+            self.seen: {},
+            self.chooser: gr.Row(visible=bool(jobs)),
+            self.picker: gr.Dropdown(choices, value=job.id if job else None),
+            self.draft: gr.Column(visible=draft),
+            self.run: gr.Column(visible=not draft),
+            self.after: gr.Column(visible=False),
+            self.delete_row: gr.Row(visible=job is not None),
+            self.delete_sure: gr.Button(visible=False),
+            self.upload: None,
+            self.timer: gr.Timer(active=False),
+        }
+        if draft:
+            return shown | self._view_draft(request, job, consent)
+        outcome = {self.compared: "", self.pairs: gr.Row(visible=False), self.zip: gr.DownloadButton(visible=False)}
+        return shown | outcome | {self.told: ""} | self._changes(request, owner, job, {})
+
+    def _view_draft(self, request: gr.Request, job: "Job | None", consent: bool, told: str = "") -> dict:
+        """The form, with the pictures that have been uploaded."""
+        language, report, cards = language_of(request), "", ""
+        if job is not None and (folder := self._prepared(job)):
+            from dalle_demo.data import uploads
+
+            examples = uploads.load(folder)
+            training, held_out = uploads.split(examples)
+            report = views.report_of(uploads.load_report(folder), (len(training), len(held_out)), language)
+            cards = views.cards_of(folder, examples, language)
+        start, hint = self._readiness(job, consent, language)
+        efforts = [(say(f"effort_{effort}", language), effort) for effort in EFFORTS]
+        return {
+            self.report: told + report,
+            self.prepared: gr.Column(visible=bool(cards)),
+            self.captions: cards,
+            self.effort: gr.Radio(efforts),
+            self.plan: "",
+            self.start: start,
+            self.hint: hint,
+        }
+
+    def _changes(
+        self, request: gr.Request, owner: str, job: "Job", seen: dict, raw: bool = False, logarithmic: bool = False
+    ) -> dict:
+        """What is new about a started job since the page was last told."""
+        language, state, run = language_of(request), self.jobs.state(job), self.jobs.run(job)
+        lines, previews, weights = self.jobs.log(job), self.jobs.previews(job), self.jobs.weights(job)
+        pace = next((line["images_per_second"] for line in reversed(lines) if "images_per_second" in line), None)
+        facts = {
+            "status": views.progress_of(state, pace, weights is not None, language),
+            "state": [state.state, job.title, weights is not None],
+            "plot": [len(lines), raw, logarithmic],
+            "reconstruction": (run / "reconstruction.png").exists(),
+            "previews": [preview["step"] for preview in previews],
+        }
+        new = {name for name, fact in facts.items() if seen.get(name) != fact}
+        changes: dict = {self.seen: facts} if new else {}
+        if "status" in new:
+            changes[self.status] = facts["status"]
+        if "plot" in new:
+            changes |= self._plotted(lines, raw, logarithmic, language)
+        if "reconstruction" in new:
+            changes[self.reconstruction] = views.reconstruction_of(run / "reconstruction.png", language)
+        if "previews" in new:
+            changes[self.previews] = views.previews_of(self.jobs.data(job), previews, language)
+        if "state" in new:
+            changes |= self._turned(request, owner, job, state.state, weights)
+        return changes
+
+    def _turned(self, request: gr.Request, owner: str, job: "Job", state: str, weights: Path | None) -> dict:
+        """What depends on the state that a job has come to."""
+        language = language_of(request)
+        choices = [(self._line(other, language), other.id) for other in self.jobs.of(owner)]
+        changes = {button: gr.Button(visible=state in BUTTONS[name]) for name, button in self.buttons.items()}
+        changes |= {
+            self.timer: gr.Timer(active=state in ACTIVE),
+            self.picker: gr.Dropdown(choices, value=job.id),
+            self.after: gr.Column(visible=weights is not None),
+        }
+        if weights is not None:
+            previews = self.jobs.previews(job)
+            prompt = previews[-1]["rows"][0]["prompt"] if previews else ""
+            adapted = (weights / "lora.safetensors").exists()
+            changes |= {
+                self.compare_prompt: prompt,
+                self.strength: gr.Slider(value=job.strength, visible=adapted),
+                self.new_title: job.title,
+                self.models.model: gr.Dropdown(self.models.choices(request), visible=True),
+            }
+        return changes
+
+    def _plotted(self, lines: list[dict], raw: bool, logarithmic: bool, language: str) -> dict:
+        import pandas  # of gradio, which draws nothing else
+
+        from dalle_demo.training.jobs import smoothed
+
+        table = pandas.DataFrame(views.losses(lines, smoothed, raw, logarithmic, language))
+        names = [say(f"series_{name}", language) for name in ("training", "validation", "training_raw")]
+        plot = gr.LinePlot(
+            table,
+            x="step",
+            y="loss",
+            color="series",
+            x_title=say("axis_step", language),
+            y_title=say("axis_log_loss" if logarithmic else "axis_loss", language),
+            color_title="",
+            color_map=dict(zip(names, COLOURS, strict=True)),
+        )
+        return {self.losses: gr.Column(visible=len(table) > 1), self.plot: plot}
+
+    def _line(self, job: "Job", language: str) -> str:
+        """Line of the list of trainings."""
+        state = say(f"short_{self.jobs.state(job).state}", language)
+        return f"{job.title}: {state}" if job.title else say("new_training", language)
+
+    # before the start
+
+    def prepare(
+        self, request: gr.Request, owner: str, name: str, files: list[str] | None, consent: bool
+    ) -> Iterator[dict]:
+        """Read what was uploaded; the files themselves are deleted."""
+        from dalle_demo.data import uploads
+
+        language, sources = language_of(request), [Path(file) for file in files or []]
+        yield {self.report: _paragraph(say("reading_upload", language)), self.start: gr.Button(interactive=False)}
+        try:
+            job = self._job(request, owner, name) if name else None
+            if job is None or job.wish != "draft":
+                job = self.jobs.create(owner)
+            self._owners[request.session_hash] = owner
+            uploads.prepare(sources, self.jobs.data(job))
+        except (uploads.UploadError, OSError) as error:
+            log.info("refused an upload: %s", type(error).__name__)
+            failed = _paragraph(say("upload_failed", language, reason=_without_folders(error, sources)), failed=True)
+            yield self._view(request, owner, job, consent) | self._view_draft(request, job, consent, failed)
+        else:
+            title = sources[0].stem if len(sources) == 1 else ""
+            yield self._view(request, owner, job, consent) | {self.title: title.replace("_", " ")}
+        finally:
+            for source in sources:
+                source.unlink(missing_ok=True)
+
+    def save_caption(self, request: gr.Request, owner: str, name: str, consent: bool, event: gr.EventData) -> tuple:
+        """Write a caption that has just been typed."""
+        from dalle_demo.data import uploads
+
+        job, language = self._job(request, owner, name), language_of(request)
+        try:
+            if job.wish == "draft":  # what is trained on does not change any more
+                uploads.save_captions(self.jobs.data(job), {str(event.file): str(event.caption)})
+        except (uploads.UploadError, OSError) as error:
+            raise gr.Error(say("caption_lost", language, reason=_safe(error)), print_exception=False) from error
+        return self._readiness(job, consent, language)
+
+    def show_readiness(self, request: gr.Request, owner: str, name: str, consent: bool) -> tuple:
+        """Say what is missing before training can start."""
+        job = self._job(request, owner, name) if name else None
+        return self._readiness(job, consent, language_of(request))
+
+    def _readiness(self, job: "Job | None", consent: bool, language: str) -> tuple[gr.Button, str]:
+        missing = self._missing(job, consent)
+        return gr.Button(interactive=missing is None), say(missing or "ready", language)
+
+    def _missing(self, job: "Job | None", consent: bool) -> str | None:
+        """Key of the sentence that says what is missing."""
+        folder = self._prepared(job) if job is not None else None
+        if folder is None:
+            return "need_pictures"
+        from dalle_demo.data import uploads
+
+        if not any(example.caption for example in uploads.load(folder)):
+            return "need_captions"
+        return None if consent else "need_consent"
+
+    def _prepared(self, job: "Job") -> Path | None:
+        """Folder of the pictures of a job, if there are any."""
+        folder = self.jobs.data(job)
+        return folder if (folder / "examples.jsonl").exists() else None
+
+    def estimate(
+        self,
+        request: gr.Request,
+        owner: str,
+        name: str,
+        base: str,
+        method: str,
+        text_encoder: bool,
+        effort: str,
+        steps: float | None,
+    ) -> Iterator[tuple]:
+        """Measure how long training takes here, unless that is known, and show it."""
+        job = self._job(request, owner, name) if name else None
+        if job is None or job.wish != "draft" or not self._prepared(job):
+            yield gr.skip(), gr.skip()
+            return
+        key, language = (name, base, method, text_encoder), language_of(request)
+        if key not in self._measured:
+            yield gr.skip(), say("measuring", language)
+            from dalle_demo.training import finetune
+
+            data = self.jobs.data(job)
+            try:
+                settings = finetune.FinetuneSettings(
+                    self.shelf.trainable().get(base, str(base)), str(data), method=method, text_encoder=text_encoder
+                )
+                self._measured[key] = finetune.probe(settings, data)
+            except (ValueError, OSError) as error:
+                yield gr.skip(), say("plan_failed", language, reason=_safe(error))
+                return
+        yield self.show_plan(request, owner, name, base, method, text_encoder, effort, steps)
+
+    def show_plan(
+        self,
+        request: gr.Request,
+        owner: str,
+        name: str,
+        base: str,
+        method: str,
+        text_encoder: bool,
+        effort: str,
+        steps: float | None,
+    ) -> tuple:
+        """Time and memory of each effort, once they are measured."""
+        language, measured = language_of(request), self._measured.get((name, base, method, text_encoder))
+        if measured is None:
+            return gr.skip(), gr.skip()
+        from dalle_demo.training.finetune import EFFORTS as STEPS
+
+        def seconds(count: float) -> float:
+            return measured.seconds + (count - STEPS["balanced"]) * measured.seconds_per_step
+
+        def line(effort: str) -> str:
+            time = duration(seconds(STEPS[effort]), language)
+            return say("effort_about", language, effort=say(f"effort_{effort}", language), time=time)
+
+        count, room = int(steps or STEPS[effort]), free_memory()
+        time, memory = duration(seconds(count), language), megabytes(measured.memory)
+        plan = say("plan_time", language, time=time, steps=count, memory=memory)
+        if room is not None and room < measured.memory:
+            plan += " " + say("plan_memory", language, room=megabytes(room))
+        return gr.Radio([(line(effort), effort) for effort in EFFORTS]), plan
+
+    def begin(
+        self, request: gr.Request, owner: str, name: str, consent: bool, title: str, effort: str, *settings: Any
+    ) -> dict:
+        """Start, or put into the queue."""
+        from dalle_demo.training.finetune import FinetuneSettings
+
+        job, language = self._job(request, owner, name), language_of(request)
+        if missing := self._missing(job, consent):
+            raise gr.Error(say(missing, language), print_exception=False)
+        names = ("prompt", "base", "method", "rank", "steps", "learning_rate", "text_encoder", "seed")
+        given = dict(zip(names, settings, strict=True)) | {"effort": effort}
+        given |= {"base": self.shelf.trainable().get(given["base"], given["base"]), "prompt": given["prompt"].strip()}
+        given |= {key: int(given[key]) for key in ("rank", "steps", "seed") if given[key] is not None}
+        given = {key: value for key, value in given.items() if value is not None}
+        given |= {"steps": given.get("steps") or None, "learning_rate": given.get("learning_rate") or None}
+        try:
+            FinetuneSettings(**given, data=str(self.jobs.data(job)))
+            count = len(self.jobs.of(owner))
+            job = self.jobs.start(job, title.strip() or say("untitled", language, number=count), given)
+        except ValueError as error:
+            raise _refusal(error, request) from error
+        return self._view(request, owner, job)
+
+    # while it runs
+
+    def poll(self, request: gr.Request, owner: str, name: str, seen: dict, raw: bool, logarithmic: bool) -> dict:
+        """What has changed since the last look."""
+        try:
+            job = self.jobs.get(owner, name)
+        except ValueError:  # deleted in another tab
+            return self._view(request, owner, None)
+        self._owners[request.session_hash] = owner
+        return self._changes(request, owner, job, seen, raw, logarithmic) or {self.seen: gr.skip()}
+
+    def press_pause(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
+        """Let the job rest."""
+        return self._changes(request, owner, self.jobs.pause(self._job(request, owner, name)), {}, *looks)
+
+    def press_resume(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
+        """Let the job go on."""
+        return self._changes(request, owner, self.jobs.resume(self._job(request, owner, name)), {}, *looks)
+
+    def press_stop_training(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
+        """End the job."""
+        return self._changes(request, owner, self.jobs.stop(self._job(request, owner, name)), {}, *looks)
+
+    def press_save_now(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
+        """Have the job save and draw."""
+        self.jobs.save(self._job(request, owner, name))
+        return {self.seen: gr.skip()}
+
+    # afterwards
+
+    def compare(self, request: gr.Request, owner: str, name: str, prompt: str, strength: float) -> Iterator[tuple]:
+        """Draw with the model from before and with the tuned one, from the same seeds."""
+        language, job = language_of(request), self._job(request, owner, name)
+        tuned = self._adopt(self.jobs.set_strength(job, float(strength)))
+        preset = self.jobs.settings(job)["base"]
+        base = next((known for known, at in self.shelf.trainable().items() if at == preset), None)
+        try:
+            yield say("drawing_before", language), gr.Row(visible=True), gr.skip(), gr.skip()
+            before = self._draw(base, prompt) if base else []
+            yield say("drawing_after", language), gr.skip(), before, gr.skip()
+            after = self._draw(tuned, prompt)
+        except ParamError as error:
+            raise gr.Error(_safe(error), print_exception=False) from error
+        except ShelfError as error:
+            reason = say("load_failed", language, model=job.title, reason=error)
+            raise gr.Error(_safe(reason), print_exception=False) from error
+        gone = say("base_gone", language, base=Path(preset).name)
+        yield say("compared", language, seed=1) if base else gone, gr.skip(), before, after
+
+    def _draw(self, model: str, prompt: str) -> list[Any]:
+        with self.shelf.lend(model, threading.Event()) as engine:
+            *_, last = engine.generate(engine.params(prompt, n=SAMPLES, seed=1), previews=False)
+        return last.images
+
+    def use_in_generate(self, request: gr.Request, owner: str, name: str, strength: float) -> dict:
+        """Choose the tuned model in the other tab, and go there."""
+        job = self.jobs.set_strength(self._job(request, owner, name), float(strength))
+        entry = self.shelf.find(self._adopt(job))
+        return self.models.select(request, entry) | {self.tabs: gr.Tabs(selected="generate")}
+
+    def press_rename(self, request: gr.Request, owner: str, name: str, title: str) -> dict:
+        """Give the model another name."""
+        job = self.jobs.rename(self._job(request, owner, name), title)
+        turned = self._turned(request, owner, job, self.jobs.state(job).state, self.jobs.weights(job))
+        return turned | {self.told: say("renamed", language_of(request))}
+
+    def press_export(self, request: gr.Request, owner: str, name: str, licence: str) -> Iterator[tuple]:
+        """Make a zip to download."""
+        from dalle_demo.training import export
+
+        job, language = self._job(request, owner, name), language_of(request)
+        try:
+            self._licensed(job, licence)
+            stem = slug(job.title)
+            with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
+                file = export.pack(self.jobs.run(job), stem, Path(folder, f"{stem}.zip"))
+                command = f'`python -m dalle_demo generate "..." --preset {stem} --out pictures`'
+                told = say("exported", language, size=megabytes(file.stat().st_size), command=command)
+                yield gr.DownloadButton(value=str(file), visible=True), told  # copied when gradio asks for more
+        except (ValueError, OSError) as error:
+            raise _refusal(error, request) from error
+
+    def press_push(
+        self, request: gr.Request, owner: str, name: str, repo: str, token: str, private: bool, licence: str
+    ) -> tuple:
+        """Upload to the visitor's repository; the token is used for that and forgotten."""
+        from dalle_demo import repos
+
+        job, language = self._job(request, owner, name), language_of(request)
+        if not repo.strip() or not token.strip():
+            return say("need_token", language), gr.skip()
+        try:
+            self._licensed(job, licence)
+            address = repos.push(str(self.jobs.weights(job)), repo.strip(), private, token.strip())
+        except (ValueError, OSError) as error:
+            return say("push_failed", language, reason=_safe(error)), ""
+        return say("pushed", language, address=address), ""
+
+    def _licensed(self, job: "Job", licence: str) -> None:
+        from dalle_demo.training import export
+
+        if licence.strip():
+            export.set_licence(self.jobs.weights(job), licence.strip())
+
+    def press_delete(self, request: gr.Request, owner: str, name: str, consent: bool) -> dict:
+        """Leave nothing of the job."""
+        job = self._job(request, owner, name)
+        self.jobs.delete(job)
+        for adopted in self.shelf.adopted():
+            if adopted.startswith(f"{job.id}@"):
+                self.shelf.drop(adopted)
+        gr.Info(say("deleted", language_of(request)))
+        former = self._view(request, owner, next(iter(self.jobs.of(owner)), None), consent)
+        return former | {self.models.model: gr.Dropdown(self.models.choices(request))}
+
+
+def open_jobs() -> "Jobs":
+    """Those of this computer; what another server has left running goes on."""
+    from dalle_demo.training.jobs import Jobs
+
+    return Jobs()
+
+
+def _refusal(error: Exception, request: gr.Request) -> gr.Error:
+    """What the page says of something that cannot be done."""
+    from dalle_demo.training.jobs import JobError
+
+    if isinstance(error, JobError):
+        sentence = say(error.key, language_of(request), **error.values)
+    else:
+        sentence = say("bad_setting", language_of(request), reason=str(error).removeprefix("--"))
+    return gr.Error(_safe(sentence), print_exception=False)
+
+
+def _without_folders(error: Exception, sources: list[Path]) -> str:
+    """Message that names files as the visitor knows them."""
+    text = str(error)
+    for source in sources:
+        text = text.replace(f"{source.parent}/", "")
+    return text
+
+
+def _paragraph(text: str, failed: bool = False) -> str:
+    kind = ' class="failed" role="alert"' if failed else ""
+    return f"<p{kind}>{html.escape(text, quote=False)}</p>"
+
+
+def _safe(text: object) -> str:
+    """The page shows messages as HTML."""
+    return html.escape(str(text), quote=False)

@@ -1,0 +1,480 @@
+"""Fine-tuning goes on where it was broken off, keeps the best, answers what it is asked, and tells what it does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finetune_tiny import SMALL
+from PIL import Image
+from tiny import save_tiny, tiny_config
+
+from dalle_demo.__main__ import main
+from dalle_demo.data import uploads
+from dalle_demo.engines import DalleEngine
+from dalle_demo.images import grid
+from dalle_demo.training import finetune, finetune_stage, lora, stages, watch
+from dalle_demo.training.finetune import FinetuneSettings
+from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep, vary
+from dalle_demo.training.loop import Monitor, Run, Workers
+from dalle_demo.training.watch import judge, read_log
+from dalle_demo.weights import load_dalle, stored_hash
+
+DRIVER = Path(__file__).with_name("finetune_tiny.py")
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "gray": (120, 120, 120)}
+ALONE = Workers()
+ALONE.count, ALONE.rank = 1, 0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over several threads may be added up in another order; the processes started here use one as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    for module, values in SMALL.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture(scope="session")
+def upload(tmp_path_factory) -> Path:
+    """Twelve pictures with a caption beside each."""
+    folder, rng = tmp_path_factory.mktemp("upload"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        for place in ("left", "right", "middle"):
+            picture = Image.new("RGB", (64, 64), "white")
+            left = {"left": 2, "right": 30, "middle": 16}[place]
+            size, top = rng.integers(14, 30), rng.integers(4, 30)
+            picture.paste(colour, (left, top, left + size, top + 28))
+            picture.save(folder / f"{name}-{place}.png")
+            (folder / f"{name}-{place}.txt").write_text(f"{name} box {place}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(upload, tmp_path_factory) -> Path:
+    """The same, prepared."""
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    uploads.prepare([upload], folder)
+    return folder
+
+
+@pytest.fixture
+def settings(nano_folder, data):
+    """Maker of settings of a short run."""
+    return lambda **given: FinetuneSettings(
+        **{"base": str(nano_folder), "data": str(data), "steps": 20, "rank": 4} | given
+    )
+
+
+@pytest.fixture
+def stage_of(tmp_path):
+    """Maker of stages."""
+
+    def make(settings: FinetuneSettings) -> FinetuneStage:
+        finetune.bring_data(settings, tmp_path / "stage", resume=False)
+        return FinetuneStage(settings, settings.plan(), tmp_path / "stage", ALONE)
+
+    return make
+
+
+def state(out: Path) -> dict:
+    return json.loads((out / "state.json").read_text())
+
+
+def checkpoint(out: Path) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Adapters, averages, optimizer, exported files, previews and what was logged of losses are equal to the bit."""
+    first, second = checkpoint(one), checkpoint(other)
+    for part in ("network", "ema"):
+        assert list(first[part]) == list(second[part]) != []
+        assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
+    for ours, theirs in zip(first["optimizers"], second["optimizers"], strict=True):
+        for index, values in ours["state"].items():
+            assert all(torch.equal(value, theirs["state"][index][key]) for key, value in values.items())
+    assert read_log(one, "validation_loss")[-1]["step"] == first["step"] == second["step"]
+    losses = [
+        [(line["step"], line["validation_loss"]) for line in read_log(out, "validation_loss")] for out in (one, other)
+    ]
+    assert losses[0] == losses[1]
+    for name in ("weights/model.safetensors", "weights/lora.safetensors", "weights/README.md"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    names = [sorted(path.name for path in (out / "previews").iterdir()) for out in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (one / "previews" / name).read_bytes() == (other / "previews" / name).read_bytes(), name
+
+
+# whole runs
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_leaves_everything_and_its_weights_draw(settings, tmp_path, nano_folder, method):
+    out = tmp_path / "run"
+    finetune.finetune(settings(method=method, prompt="a red box", text_encoder=method == "full"), out)
+    told = state(out)
+    assert (told["state"], told["step"], told["steps"], told["seconds_left"]) == ("done", 20, 20, 0)
+    assert str(out / "weights") in told["message"]
+    assert [line["step"] for line in read_log(out, "validation_loss")] == list(range(0, 21, 4))
+    assert {"step", "seconds", "loss", "learning_rate", "images_per_second"} <= read_log(out, "loss")[0].keys()
+    assert len(list((out / "previews").glob("*.png"))) == len(list((out / "previews").glob("*.json"))) == 6
+    assert Image.open(out / "reconstruction.png").size == grid([Image.new("RGB", (32, 32))] * 16, 8).size
+    assert read_log(out, "validation_loss")[-1]["seen_loss"] < 0.95 * read_log(out, "validation_loss")[0]["seen_loss"]
+    folder = out / "weights"
+    assert (folder / lora.FILE).exists() is (method == "lora")
+    for part in ("vqgan", "text_encoder", "image_decoder"):
+        changed = stored_hash(folder, part) != stored_hash(nano_folder, part)
+        assert changed is (part == "image_decoder" or (part == "text_encoder" and method == "full")), part
+    engine, base = (DalleEngine.load(str(one), form="float32") for one in (folder, nano_folder))
+    drawn = [list(one.generate(one.params("a red box", n=1, seed=1), previews=False))[-1] for one in (engine, base)]
+    assert drawn[0].images[0].size == (32, 32)
+    assert np.asarray(drawn[0].images[0]).tobytes() != np.asarray(drawn[1].images[0]).tobytes()
+    assert not list(out.rglob("*.part"))
+
+
+def test_the_command_line_does_it_all(upload, nano_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["train", "finetune", "--out", str(out)]
+    assert main([*flags, "--base", str(nano_folder), "--data", str(upload), "--steps", "4", "--seed", "3"]) == 0
+    assert len(uploads.load(out / "data")) == 12
+    assert json.loads((out / "settings.json").read_text())["seed"] == 3
+    assert main(["generate", "a red box", "--preset", str(out / "weights"), "--n", "1", "--out", str(tmp_path)]) == 0
+    assert main(["train", "finetune", "--out", str(out), "--data", str(upload)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert state(out)["state"] == "done"
+    assert main([*flags, "--resume", "--rank", "5"]) == 2
+    assert "another --rank" in capsys.readouterr().err
+    assert main([*flags, "--resume", "--steps", "6"]) == 0
+    assert (checkpoint(out)["step"], state(out)["steps"]) == (6, 6)
+
+
+def test_only_what_is_trained_is_in_a_checkpoint(settings, tmp_path):
+    finetune.finetune(settings(steps=2), tmp_path)
+    for part in ("network", "ema"):
+        assert {key.rsplit(".", 1)[1] for key in checkpoint(tmp_path)[part]} == {"A", "B"}
+    [adamw] = checkpoint(tmp_path)["optimizers"]
+    assert adamw["state"]
+
+
+def test_exported_adapters_are_those_that_were_merged(settings, tmp_path, nano_folder):
+    finetune.finetune(settings(), tmp_path)
+    folder = tmp_path / "weights"
+    base, off = load_dalle(str(nano_folder)), lora.scale(load_dalle(str(folder)), folder, 0)
+    for key, value in base.image_decoder.state_dict().items():
+        torch.testing.assert_close(off.image_decoder.state_dict()[key].float(), value.float(), rtol=2e-3, atol=5e-4)
+
+
+@pytest.fixture
+def start(data, nano_folder):
+    """Starter of processes that fine-tune the tiny model; none of them outlives its test."""
+    started = []
+
+    def begin(out: Path, steps: int, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [sys.executable, *launcher, str(DRIVER), "--base", str(nano_folder), "--data", str(data)]
+        command += ["--out", str(out), "--steps", str(steps), *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def finish(process: subprocess.Popen) -> None:
+    output = process.communicate(timeout=250)[0]
+    assert process.returncode == 0, output
+
+
+def test_a_killed_process_goes_on_to_the_bit(start, settings, tmp_path):
+    """SIGKILL at a random moment: of a step, a preview, an export or a checkpoint."""
+    out, steps = tmp_path / "killed", 30
+    process = start(out, steps)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.5))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint(out)["step"] < steps
+    finetune.finetune(settings(steps=steps), out, resume=True)
+    finetune.finetune(settings(steps=steps), tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_two_processes_take_the_steps_of_one(start, settings, tmp_path):
+    finetune.finetune(settings(steps=4), tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    finish(start(tmp_path / "two", 4, launcher=launcher))
+    one, two = (read_log(tmp_path / name, "validation_loss") for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert one[0]["validation_loss"] == two[0]["validation_loss"]
+    assert one[-1]["validation_loss"] == pytest.approx(two[-1]["validation_loss"], rel=1e-3)
+    assert state(tmp_path / "two")["state"] == "done"
+
+
+# what is asked of a run
+
+
+def asking(monkeypatch, out: Path, words: dict[int, str]) -> None:
+    """Write a word into `ask` just before the given steps."""
+    original = FinetuneStage.batch
+
+    def batch(self, samples):
+        step = samples[0] // self.plan.batch + 1
+        if step in words:
+            (out / "ask").write_text(words.pop(step))
+        return original(self, samples)
+
+    monkeypatch.setattr(FinetuneStage, "batch", batch)
+
+
+def test_pause_ends_after_the_step_and_goes_on_to_the_bit(settings, tmp_path, monkeypatch):
+    out, whole = tmp_path / "paused", tmp_path / "whole"
+    finetune.finetune(settings(), whole)
+    asking(monkeypatch, out, {6: "pause"})
+    finetune.finetune(settings(), out)
+    assert (state(out)["state"], state(out)["step"], checkpoint(out)["step"]) == ("paused", 6, 6)
+    assert not (out / "ask").exists()
+    finetune.finetune(settings(), out, resume=True)
+    assert state(out)["state"] == "done"
+    for key, value in checkpoint(whole)["network"].items():
+        assert torch.equal(checkpoint(out)["network"][key], value)
+    assert (out / "weights/model.safetensors").read_bytes() == (whole / "weights/model.safetensors").read_bytes()
+
+
+def test_stop_and_save(settings, tmp_path, monkeypatch):
+    asking(monkeypatch, tmp_path, {5: "save", 8: "dance", 11: "stop"})
+    finetune.finetune(settings(), tmp_path)
+    assert (state(tmp_path)["state"], checkpoint(tmp_path)["step"]) == ("stopped", 11)
+    steps = [line["step"] for line in read_log(tmp_path, "validation_loss")]
+    assert steps == [0, 4, 5, 8, 11]
+    assert (tmp_path / "previews" / "000005.png").exists()
+    assert load_dalle(str(tmp_path / "weights"))
+
+
+def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
+    losses = {0: 1.0, 4: 5.0, 8: 3.0, 12: 4.0, 16: 3.5}
+    monkeypatch.setattr(FinetuneStage, "validate", lambda *_: {"validation_loss": losses.get(len(seen), 9.0)})
+    seen, exported = [], {}
+    original, take = finetune_stage.save_tensors, Run.take_step
+    monkeypatch.setattr(Run, "take_step", lambda run: (seen.append(0), take(run))[1])
+
+    def save(folder, *arguments, **others):
+        exported[len(seen)] = folder
+        original(folder, *arguments, **others)
+
+    monkeypatch.setattr(finetune_stage, "save_tensors", save)
+    finetune.finetune(settings(), tmp_path)
+    assert list(exported) == [4, 8]  # the untrained base is no candidate
+    assert "8 of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
+    assert state(tmp_path)["notice"] == {"key": "by_heart", "values": {"best": 8, "count": 3}}
+
+
+def test_an_error_is_told(settings, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(stages, "token_loss", lambda logits, tokens: logits.sum() * float("nan"))
+    with pytest.raises(ValueError, match="no longer finite"):
+        finetune.finetune(settings(), tmp_path)
+    assert state(tmp_path)["state"] == "failed"
+    assert "learning-rate" in state(tmp_path)["message"]
+
+
+# the stage
+
+
+def test_training_never_sees_held_out_pictures_and_drops_captions(settings, stage_of):
+    stage = stage_of(settings())
+    training, held_out = uploads.split(stage.examples)
+    assert len(held_out) >= 1
+    assert set(stages.shuffled(stage.training, 0, range(200)).tolist()) == set(training)
+    batch = stage.batch(range(400))
+    dropped = ((batch["text_ids"] != 1).sum(1) == 2).float().mean()  # only <s> </s>
+    assert 0.04 < dropped < 0.18
+    assert stage.kept == ["sun", "big star"] * 2
+    known = np.concatenate([stage.tokens[training].reshape(-1, stage.tokens.shape[-1]), stage.kept_tokens])
+    own = [(stage.kept_tokens == row).all(1).any() for row in batch["image_tokens"].numpy()]
+    assert 0.3 < np.mean(own) < 0.5
+    assert all((known == row).all(1).any() for row in batch["image_tokens"][:20].numpy())
+    assert (batch["inputs"] != batch["image_tokens"]).float().mean() > 0.1
+    parts = [stage.batch(range(start, start + 2))["inputs"] for start in range(0, 8, 2)]
+    assert torch.equal(torch.cat(parts), stage.batch(range(8))["inputs"])
+
+
+def test_few_pictures_are_all_trained_on_and_it_is_said(nano_folder, data, tmp_path, settings):
+    few = tmp_path / "few"
+    few.mkdir()
+    for example in uploads.load(data)[:3]:
+        (few / example.name).write_bytes((data / example.file).read_bytes())
+        (few / f"{Path(example.name).stem}.txt").write_text(example.caption)
+    finetune.finetune(settings(data=str(few), steps=3), tmp_path / "run")
+    assert "too few different pictures" in str(judge(read_log(tmp_path / "run", "validation_loss"), 0, 0))
+    assert "too few to hold any out" in (tmp_path / "run" / "weights" / "README.md").read_text()
+    last = read_log(tmp_path / "run", "validation_loss")[-1]
+    assert last["validation_loss"] == last["seen_loss"]
+
+
+def test_pictures_without_captions_cannot_be_trained_on(settings, data, stage_of, tmp_path):
+    bare = tmp_path / "bare"
+    uploads.prepare([data / "pictures"], bare)
+    uploads.save_captions(bare, {example.file: "" for example in uploads.load(bare)})
+    with pytest.raises(ValueError, match="write captions first"):
+        stage_of(settings(data=str(bare)))
+
+
+def test_large_models_are_read_into_memory_and_checkpoint_their_activations(settings, stage_of, monkeypatch, tmp_path):
+    plain = stage_of(settings())
+    from dalle_demo import weights
+
+    monkeypatch.setattr(weights, "LARGE", 0)
+    monkeypatch.setattr(finetune, "LARGE", 0)
+    large = stage_of(settings())
+    assert large.plan.batch == finetune.LARGE_BATCH
+    batch, losses = plain.batch(range(4)), []
+    for stage in (plain, large):
+        run = Run(stage, stage.plan, tmp_path, ALONE, Monitor())
+        loss = stage.network(**batch)["loss"]
+        loss.backward()
+        losses.append((loss.item(), stage.network.image_decoder.layers[0].self_attention.qkv.B.grad))
+        assert run.ema.image_decoder.lm_head.weight is stage.network.image_decoder.lm_head.weight
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    torch.testing.assert_close(losses[0][1], losses[1][1])
+
+
+def test_names_that_are_in_a_caption_are_not_kept_as_the_base_draws_them():
+    captions = ["a BOX in my style", "stars", "鳥"]
+    examples = [uploads.Example(f"pictures/{i:04d}.png", caption, "", i) for i, caption in enumerate(captions)]
+    assert names_to_keep(examples, large=False) == ["sun", "big star"] * 2
+    assert names_to_keep(examples, large=True) == ["sun", "big star"]
+
+
+@pytest.mark.parametrize("background", [255, 90])
+def test_renders_move_a_little_and_show_no_white_that_was_not_there(background):
+    picture = torch.full((32, 32, 3), background, dtype=torch.uint8)
+    picture[10:20, 8:24] = torch.tensor([200, 0, 0], dtype=torch.uint8)
+    renders = vary(picture, 8, np.random.default_rng(0))
+    torch.testing.assert_close(renders[0], picture.permute(2, 0, 1) / 127.5 - 1, atol=1e-4, rtol=0)
+    middles = [(render[1] < -0.9).nonzero().float().mean(0) for render in renders]
+    moved = torch.stack([middle - middles[0] for middle in middles])
+    assert 0.3 < moved.abs().max() < 5
+    corners = renders[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    torch.testing.assert_close(corners, torch.full_like(corners, background / 127.5 - 1), atol=0.05, rtol=0)
+
+
+# settings, estimates
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"effort": "huge"}, "--effort"),
+        ({"method": "dreambooth"}, "--method"),
+        ({"rank": 0}, "--rank"),
+        ({"steps": 0}, "--steps"),
+        ({"seed": -1}, "--seed"),
+        ({"learning_rate": 2.0}, "--learning-rate"),
+        ({"prompt": "!!!"}, "prompt"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(given, flag):
+    with pytest.raises(ValueError, match=flag):
+        FinetuneSettings("nano", "data", **given)
+
+
+def test_there_are_at_most_eight_settings():
+    assert len(asdict(FinetuneSettings("nano", "data"))) <= 2 + 8
+
+
+def test_efforts_make_plans_for_nano():
+    plans = [FinetuneSettings("nano", "data", effort=effort).plan() for effort in ("try", "balanced", "thorough")]
+    assert [plan.steps for plan in plans] == sorted(plan.steps for plan in plans)
+    assert {plan.precision for plan in plans} == {"fp32"}
+
+
+def test_a_model_without_an_encoder_says_which_has_one(data, tmp_path, capsys):
+    base = save_tiny(tmp_path / "mini", tiny_config(encoder=False))
+    flags = ["--base", str(base), "--data", str(data), "--out", str(tmp_path / "run")]
+    assert main(["train", "finetune", *flags]) == 2
+    assert "mini-flax" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_estimate_is_measured(settings, data):
+    estimate = finetune.probe(settings(), data)
+    assert 0 < estimate.seconds_per_step < 10
+    assert estimate.seconds > 20 * estimate.seconds_per_step
+    assert 1e8 < estimate.memory < 2e9
+    assert "seconds a step" in str(estimate)
+
+
+# what is told
+
+
+def test_previews_name_the_nearest_training_picture(settings, stage_of, monkeypatch):
+    stage = stage_of(settings(prompt="a red box"))
+    copied = stage.training[2]
+
+    class Copier:
+        def __init__(self, *_, **__):
+            pass
+
+        params = staticmethod(lambda prompt, n, seed: (n, seed))
+
+        def generate(self, params, previews):
+            from dalle_demo.images import to_pil
+
+            [picture] = to_pil(stage.pixels([stage.examples[copied]]))
+            yield type("Update", (), {"images": [picture] * params[0], "seeds": [*range(params[1], sum(params))]})
+
+    monkeypatch.setattr(watch, "DalleEngine", Copier)
+    folder = stage.out / "previews"
+    assert watch.draw_previews(stage, stage.network, 12, folder) == 1
+    drawn = json.loads((folder / "000012.json").read_text())
+    assert [row["kind"] for row in drawn["rows"]] == ["yours", "unseen", "generic"]
+    unseen = [stage.examples[i].caption for i in stage.held_out]
+    assert [row["prompt"] for row in drawn["rows"]] == ["a red box", unseen[0], watch.GENERIC]
+    one = drawn["rows"][0]["pictures"][0]
+    assert one == {"seed": watch.SEED, "nearest": stage.examples[copied].file, "distance": 0.0, "copy": True}
+    assert Image.open(folder / "000012.png").size == grid([Image.new("RGB", (32, 32))] * 12, 4).size
+
+
+@pytest.mark.parametrize(
+    ("losses", "copies", "key"),
+    [
+        ([5.0], 0, "early"),
+        ([5.0, 4.0], 0, "learning"),
+        ([5.0, 4.0, 4.1, 4.2], 0, "waiting"),
+        ([5.0, 4.0, 4.1, 4.2, 4.3], 0, "by_heart"),
+        ([5.0, 4.0, 4.1, 4.2, 4.3, 3.9], 0, "learning"),
+        ([5.0, 4.0], 0.75, "copies"),
+    ],
+)
+def test_overfitting_is_put_in_words(losses, copies, key):
+    lines = [{"step": 10 * i, "validation_loss": loss} for i, loss in enumerate(losses)]
+    notice = judge(lines, copies, held_out=3)
+    assert notice.key == key
+    assert "{" not in str(notice)
+    if key == "by_heart":
+        assert "step 10, 3 checkpoints ago" in str(notice)

@@ -1,0 +1,316 @@
+"""Jobs run one at a time, outlive their server, answer their owner, and are nobody else's business."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dalle_demo.training import jobs as module
+from dalle_demo.training.export import pack, set_licence
+from dalle_demo.training.jobs import Job, JobError, Jobs, smoothed, tidy
+
+ROOT = Path(__file__).resolve().parent.parent
+ME, YOU = "my browser's secret", "yours"
+# Stands for `train finetune`: counts steps, answers what it is asked, and writes what the real one does.
+RUN = """
+import json, signal, sys, time
+from pathlib import Path
+out = Path(sys.argv[1])
+ending = []
+signal.signal(signal.SIGTERM, lambda *_: ending.append("paused"))
+checkpoint = out / "checkpoint.pt"
+step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+if (out / "refuse").exists():
+    sys.exit("error: " + str(out / "data") + " has no picture")
+def tell(state):
+    (out / "state.json.part").write_text(json.dumps({"state": state, "step": step, "steps": 1000, "seconds_left": 1.0,
+        "message": "", "notice": {"key": "learning", "values": {}}}))
+    (out / "state.json.part").replace(out / "state.json")
+tell("preparing")
+while not ending and not (out / "finish").exists():
+    if (out / "die").exists():
+        sys.exit(1)
+    step += 1
+    tell("running")
+    if (out / "ask").exists():
+        word = (out / "ask").read_text()
+        (out / "ask").unlink()
+        (out / "asked").open("a").write(word + " ")
+        ending += {"pause": ["paused"], "stop": ["stopped"]}.get(word, [])
+    time.sleep(0.02)
+checkpoint.write_text(str(step))
+tell(ending[0] if ending else "done")
+"""
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Maker of what a server has: a new one for each call, all of the same folder."""
+    monkeypatch.setattr(
+        Jobs, "command", lambda self, job: [sys.executable, "-c", RUN, str(self.run(job))], raising=True
+    )
+    monkeypatch.setattr(module, "TICK", 0.05)
+    made = []
+
+    def start() -> Jobs:
+        made.append(Jobs(tmp_path / "jobs"))
+        return made[-1]
+
+    yield start
+    for jobs in made:
+        jobs.close()
+
+
+@pytest.fixture
+def jobs(server) -> Jobs:
+    return server()
+
+
+def begin(jobs: Jobs, owner: str = ME, **settings) -> Job:
+    return jobs.start(jobs.create(owner), "Mine", {"base": "nano"} | settings)
+
+
+def wait_for(jobs: Jobs, job: Job, *states: str) -> None:
+    deadline = time.monotonic() + 30
+    while (now := jobs.state(jobs._read(job.id)).state) not in states:
+        assert time.monotonic() < deadline, f"{job.id} is {now}"
+        time.sleep(0.02)
+
+
+def touch(jobs: Jobs, job: Job, name: str) -> None:
+    (jobs.run(job) / name).touch()
+
+
+def test_jobs_run_one_after_another_in_the_order_in_which_they_came(jobs):
+    first, second, third = begin(jobs), begin(jobs, YOU), begin(jobs)
+    wait_for(jobs, first, "running")
+    assert [jobs.state(job).ahead for job in (second, third)] == [1, 2]
+    assert jobs.running() == first.id
+    touch(jobs, first, "finish")
+    wait_for(jobs, first, "done")
+    wait_for(jobs, second, "running")
+    assert jobs.state(third).state == "waiting"
+
+
+def test_nobody_sees_what_is_not_theirs(jobs):
+    mine = jobs.create(ME)
+    assert jobs.of(YOU) == []
+    assert [job.id for job in jobs.of(ME)] == [mine.id]
+    assert ME not in (jobs.root / mine.id / "job.json").read_text()
+    for owner, name in ((YOU, mine.id), (ME, "0" * 32), (ME, f"../jobs/{mine.id}"), (ME, ""), (None, mine.id)):
+        with pytest.raises(JobError, match="job_unknown"):
+            jobs.get(owner, name)
+    assert (jobs.root.stat().st_mode & 0o077) == 0
+
+
+def test_pause_lets_another_job_run_and_resume_goes_on_where_it_was(jobs):
+    first, second = begin(jobs), begin(jobs)
+    wait_for(jobs, first, "running")
+    assert jobs.state(jobs.pause(first)).state == "pausing"
+    wait_for(jobs, first, "paused")
+    reached = jobs.state(jobs._read(first.id)).step
+    wait_for(jobs, second, "running")
+    jobs.resume(jobs._read(first.id))
+    assert jobs.state(jobs._read(first.id)).state == "waiting"
+    jobs.stop(second)
+    wait_for(jobs, second, "stopped")
+    wait_for(jobs, first, "running")
+    assert jobs.state(jobs._read(first.id)).step > reached > 0
+
+
+def test_save_is_asked_for_and_changes_nothing_else(jobs):
+    job = begin(jobs)
+    wait_for(jobs, job, "running")
+    jobs.save(job)
+    while not (jobs.run(job) / "asked").exists():
+        time.sleep(0.02)
+    assert (jobs.run(job) / "asked").read_text() == "save "
+    assert jobs.state(job).state == "running"
+
+
+def test_a_job_that_waits_can_be_paused_and_stopped(jobs):
+    first, second = begin(jobs), begin(jobs)
+    wait_for(jobs, first, "running")
+    assert jobs.state(jobs.pause(second)).state == "paused"
+    assert jobs.state(jobs.stop(jobs._read(second.id))).state == "stopped"
+    assert jobs.state(jobs.resume(jobs._read(second.id))).state == "stopped"
+
+
+def test_a_killed_process_is_started_again(jobs):
+    job = begin(jobs)
+    wait_for(jobs, job, "running")
+    former = jobs._holder()[1]
+    os.kill(former, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while jobs._holder()[1] in (former, -1):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    wait_for(jobs, job, "running")
+
+
+def test_a_process_that_ends_again_and_again_is_given_up(jobs):
+    job = jobs.create(ME)
+    touch(jobs, job, "die")
+    job = jobs.start(job, "Mine", {"base": "nano"})
+    wait_for(jobs, job, "failed")
+    assert jobs.state(jobs._read(job.id)).message == "killed"
+    (jobs.run(job) / "die").unlink()
+    jobs.resume(jobs._read(job.id))
+    wait_for(jobs, job, "running")
+
+
+def test_what_a_process_says_at_its_end_is_told_without_folders(jobs):
+    job = jobs.create(ME)
+    touch(jobs, job, "refuse")
+    job = jobs.start(job, "Mine", {"base": "nano"})
+    wait_for(jobs, job, "failed")
+    assert jobs.state(jobs._read(job.id)).message == "run/data has no picture"
+
+
+def test_a_server_that_ends_leaves_a_checkpoint_and_the_next_one_goes_on(server):
+    jobs = server()
+    job = begin(jobs)
+    wait_for(jobs, job, "running")
+    jobs.close()
+    deadline = time.monotonic() + 10
+    while jobs.running():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    reached = int((jobs.run(job) / "checkpoint.pt").read_text())
+    time.sleep(0.2)
+    assert not jobs.running(), "a closed server starts nothing"
+    wait_for(server(), job, "running")
+    assert jobs.state(job).step >= reached
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the lock is one of POSIX")
+def test_the_run_of_a_server_that_was_killed_is_found_again(server, tmp_path):
+    starter = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from dalle_demo.training.jobs import Jobs;"
+        "Jobs.command = lambda self, job: [sys.executable, '-c', sys.argv[3], str(self.run(job))];"
+        "jobs = Jobs(__import__('pathlib').Path(sys.argv[2]));"
+        "print(jobs.start(jobs.create('me'), 'Mine', {'base': 'nano'}).id, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", starter, str(ROOT), str(tmp_path / "jobs"), RUN]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    name = process.stdout.readline().strip()
+    run = tmp_path / "jobs" / name / "run"
+    deadline = time.monotonic() + 30
+    while not (run / "state.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    jobs = server()
+    job = jobs.get("me", name)
+    assert jobs.running() == name
+    other = begin(jobs)
+    time.sleep(0.3)
+    assert jobs.state(other).state == "waiting", "one at a time, whichever server began"
+    assert jobs.state(jobs.pause(job)).state == "pausing"
+    wait_for(jobs, job, "paused")
+    wait_for(jobs, other, "running")
+
+
+def test_the_process_runs_at_low_priority_and_its_command_tells_nothing(jobs, monkeypatch):
+    job = begin(jobs, prompt="my secret prompt")
+    wait_for(jobs, job, "running")
+    assert os.getpriority(os.PRIO_PROCESS, jobs._holder()[1]) == module.NICENESS
+    monkeypatch.undo()
+    assert "secret" not in " ".join(jobs.command(job))
+    settings = json.loads((jobs.run(job) / "settings.json").read_text())
+    assert settings == {"base": "nano", "prompt": "my secret prompt", "data": str(jobs.data(job))}
+
+
+def test_delete_ends_the_process_and_leaves_nothing(jobs):
+    first, second = begin(jobs), begin(jobs)
+    wait_for(jobs, first, "running")
+    jobs.delete(first)
+    assert not (jobs.root / first.id).exists()
+    assert [job.id for job in jobs.of(ME)] == [second.id]
+    wait_for(jobs, second, "running")
+
+
+def test_what_nobody_touches_is_deleted(jobs, monkeypatch):
+    draft, kept = jobs.create(ME), jobs.create(ME)
+    old = time.time() - 1.1 * module.DAY
+    os.utime(jobs.root / draft.id / "job.json", (old, old))
+    jobs.create(YOU)
+    assert [job.id for job in jobs.of(ME)] == [kept.id]
+    assert not (jobs.root / draft.id).exists()
+
+
+def test_a_job_is_started_once_and_the_queue_has_an_end(jobs, monkeypatch):
+    job = begin(jobs)
+    with pytest.raises(JobError, match="job_started"):
+        jobs.start(job, "Again", {})
+    monkeypatch.setattr(module, "MAX_WAITING", 1)
+    with pytest.raises(JobError, match="queue_full"):
+        begin(jobs)
+
+
+def test_titles_are_one_line():
+    assert tidy(" my\n\x1b[1m  mascot\t") == "my [1m mascot"
+    assert len(tidy("x" * 500)) == module.MAX_TITLE
+
+
+def test_smoothing_does_not_lean_towards_zero():
+    assert smoothed([4.0, 4.0, 4.0]) == pytest.approx([4.0, 4.0, 4.0])
+    assert 1 < smoothed([4.0, 1.0])[1] < 4
+
+
+def test_importing_it_brings_no_torch():
+    code = "import sys, dalle_demo.training.jobs, dalle_demo.training.export; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """What a finished run has left."""
+    run = tmp_path / "run"
+    for folder in ("weights", "previews", "data"):
+        (run / folder).mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "lora.safetensors", "tokenizer.json"):
+        (run / "weights" / name).write_bytes(name.encode())
+    (run / "weights" / "README.md").write_text("---\nlicense: other\nlicense_name: fill-in\n---\n# Mine\n")
+    (run / "previews" / "000010.png").write_bytes(b"picture")
+    (run / "reconstruction.png").write_bytes(b"with the originals")
+    (run / "data" / "examples.jsonl").write_text(
+        '{"file": "pictures/0000.png", "caption": "一只猫", "name": "a.png"}\n'
+    )
+    (run / "log.jsonl").write_text('{"step": 0, "validation_loss": 3.5}\n{"step": 5, "loss": 2.5}\n{"step": 6, "lo')
+    (run / "settings.json").write_text('{"base": "/home/me/nano", "data": "/home/me/cats", "seed": 3}')
+    return run
+
+
+def test_the_zip_has_the_model_and_how_it_came_about_but_no_training_picture(run, tmp_path):
+    with zipfile.ZipFile(pack(run, "my-cat", tmp_path / "my-cat.zip")) as archive:
+        content = {name.removeprefix("my-cat/"): archive.read(name).decode() for name in archive.namelist()}
+    weights = {"config.json", "model.safetensors", "lora.safetensors", "tokenizer.json", "README.md"}
+    training = {"training/captions.jsonl", "training/loss.csv", "training/settings.json"}
+    assert content.keys() == weights | training | {"previews/000010.png"}
+    assert json.loads(content["training/captions.jsonl"]) == {"file_name": "a.png", "text": "一只猫"}
+    rows = list(csv.DictReader(io.StringIO(content["training/loss.csv"])))
+    assert [(row["step"], row["loss"], row["validation_loss"]) for row in rows] == [("0", "", "3.5"), ("5", "2.5", "")]
+    assert json.loads(content["training/settings.json"]) == {"base": "nano", "seed": 3}
+    assert "/home" not in "".join(content.values())
+
+
+def test_a_licence_goes_into_the_card_and_cannot_be_more_than_one(run):
+    set_licence(run / "weights", "cc-by-4.0")
+    card = (run / "weights" / "README.md").read_text()
+    assert "license_name: cc-by-4.0\n" in card
+    for wrong in ("", "a b", "x\ntags: [evil]", "y" * 99):
+        with pytest.raises(ValueError, match="SPDX"):
+            set_licence(run / "weights", wrong)
+    assert (run / "weights" / "README.md").read_text() == card
