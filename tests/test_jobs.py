@@ -259,7 +259,7 @@ def test_a_job_is_started_once_and_the_queue_has_an_end(jobs, monkeypatch):
 
 
 def test_titles_are_one_line():
-    assert tidy(" my\n\x1b[1m  mascot\t") == "my [1m mascot"
+    assert tidy(" my\n\x1b[1m  mascot<br>\t") == "my [1m mascot br"
     assert len(tidy("x" * 500)) == module.MAX_TITLE
 
 

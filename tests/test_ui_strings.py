@@ -9,6 +9,7 @@ from dalle_demo.config import GenerateParams
 from dalle_demo.engines import LeftOut
 from dalle_demo.hub import HubError, Reason
 from dalle_demo.shelf import ShelfError
+from dalle_demo.training.watch import NOTICES
 from dalle_demo.ui.generate import _summary
 from dalle_demo.ui.models import reason
 from dalle_demo.ui.strings import SENTENCES, duration, footer, label, megabytes, say, translations
@@ -85,6 +86,11 @@ def test_a_failed_download_is_explained_without_the_command_line(key):
     assert ("Download" in reason(failure, "en")) == ("下载" in reason(failure, "zh-CN"))
     failure.__cause__ = HubError("something rare")
     assert reason(failure, "zh-CN") == "the same command goes on"
+
+
+def test_how_training_goes_is_said_in_the_words_of_the_trainer():
+    """Which the page does not import, since that takes seconds."""
+    assert {f"watch_{key}": sentence for key, sentence in NOTICES.items()}.items() <= SENTENCES["en"].items()
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

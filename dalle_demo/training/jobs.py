@@ -404,8 +404,8 @@ def new_owner() -> str:
 
 
 def tidy(title: str) -> str:
-    """Title on one line."""
-    return " ".join("".join(c if c.isprintable() else " " for c in title).split())[:MAX_TITLE]
+    """Title on one line, without what a page would take for markup."""
+    return " ".join("".join(c if c.isprintable() and c not in "<>" else " " for c in title).split())[:MAX_TITLE]
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:

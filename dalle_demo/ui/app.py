@@ -41,11 +41,14 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         with gr.Column(elem_id="heading"):
             gr.Markdown(f"# {TITLE}")
             gr.Markdown(i18n("subtitle"))
+        # Outside the tabs, which are not there before they are opened. Its `secret` is fixed, so that what the browser
+        # keeps can be read after the server was started again.
+        owner = gr.BrowserState("", storage_key="dalle_demo_owner", secret="dalle_demo")
         with gr.Tabs(selected="generate", elem_id="tabs") as tabs:
             with gr.Tab(i18n("tab_generate"), id="generate"):
                 tab = GenerateTab(shelf, i18n, page)
             with gr.Tab(i18n("tab_train"), id="train"):
-                TrainTab(shelf, i18n, page, tab.models, tabs)
+                TrainTab(shelf, i18n, page, tab.models, tabs, owner)
         tab.models.footer.render()
         page.unload(tab.leave)
     page.queue(max_size=32)

@@ -5,7 +5,7 @@ import gradio as gr
 # The three parts stand one below the other on a phone, in the order in which they are used, and the pictures beside
 # the other two on anything wider, where four of them fit into the window's height.
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important; }
 #heading { gap: 0; }
 #heading h1 { font-size: 1.75rem; letter-spacing: -.02em; margin: .5rem 0 0; }
 #heading p, #status p, #footer p { color: var(--body-text-color-subdued); }
@@ -96,13 +96,13 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 }
 #previews .strip { display: flex; gap: 4px; margin-top: 6px; overflow-x: auto; }
 #previews .strip img { width: 56px; height: 56px; flex: none; }
-#compare { padding: 12px 14px; }
+#compare { gap: 12px; }
 #compare .heading p { font-weight: 600; }
 #before .caption-label, #tuned .caption-label { display: none; }
 @media (max-width: 767px) {
   #reconstruction img { height: 120px; }
-  #previews .pair, #previews .pair img { width: 76px; }
-  #previews .pair > img:first-child { height: 76px; }
+  #previews .pair, #previews .pair img { width: 70px; }
+  #previews .pair > img:first-child { height: 70px; }
   #studio { grid-template: "compose" "result" "settings" / 100%; }
   #gallery .grid-wrap { height: auto; }
   #status { order: -1; } /* above the pictures, in sight */

@@ -43,13 +43,14 @@ log = logging.getLogger(__name__)
 class TrainTab:
     """Components and events of the tab; create it inside its `gr.Tab`."""
 
-    def __init__(self, shelf: Shelf, t: gr.I18n, page: gr.Blocks, models: ModelChoice, tabs: gr.Tabs):
+    def __init__(
+        self, shelf: Shelf, t: gr.I18n, page: gr.Blocks, models: ModelChoice, tabs: gr.Tabs, owner: gr.BrowserState
+    ):
         self.shelf, self.models, self.tabs = shelf, models, tabs
         self.jobs = open_jobs()
         self._owners: dict[str, str] = {}  # of browser sessions
         self._measured: dict[tuple, Any] = {}  # estimates, by what they depend on
-        # A secret that is not drawn at random: the browser keeps it from one start of the server to the next.
-        self.owner = gr.BrowserState("", storage_key="dalle_demo_owner", secret="dalle_demo")
+        self.owner = owner
         self.viewed, self.seen = gr.State(""), gr.State({})
         self.timer = gr.Timer(1.0, active=False)
         with gr.Column(elem_id="train"):
@@ -103,8 +104,21 @@ class TrainTab:
                 False, label=t("text_encoder"), info=t("text_encoder_help"), elem_id="text_encoder"
             )
         with gr.Row():
-            self.steps = gr.Number(None, precision=0, label=t("steps"), info=t("steps_help"), elem_id="steps")
-            self.rate = gr.Number(None, label=t("learning_rate"), info=t("learning_rate_help"), elem_id="learning_rate")
+            self.steps = gr.Number(
+                None,
+                precision=0,
+                label=t("steps"),
+                info=t("steps_help"),
+                placeholder=t("automatic"),
+                elem_id="steps",
+            )
+            self.rate = gr.Number(
+                None,
+                label=t("learning_rate"),
+                info=t("learning_rate_help"),
+                placeholder=t("automatic"),
+                elem_id="learning_rate",
+            )
             self.seed = gr.Number(
                 0, precision=0, label=t("train_seed"), info=t("train_seed_help"), elem_id="train_seed"
             )
@@ -133,7 +147,7 @@ class TrainTab:
     def _lay_out_after(self, t: gr.I18n) -> None:
         """What can be done with a tuned model."""
         with gr.Column(visible=False, elem_id="after") as self.after:
-            with gr.Group(elem_id="compare"):
+            with gr.Column(elem_id="compare"):
                 gr.Markdown(t("compare"), elem_classes="heading")
                 with gr.Row():
                     self.compare_prompt = gr.Textbox(label=t("compare_prompt"), max_lines=3, elem_id="compare_prompt")
@@ -145,7 +159,7 @@ class TrainTab:
                     self.use = gr.Button(t("use"), variant="primary", elem_id="use")
                 self.compared = gr.Markdown(elem_id="compared")
                 with gr.Row(visible=False) as self.pairs:
-                    looks = {"columns": SAMPLES, "height": "auto", "format": "png", "object_fit": "contain"}
+                    looks = {"columns": 2, "height": "auto", "format": "png", "object_fit": "contain"}
                     self.before = gr.Gallery(label=t("before"), elem_id="before", interactive=False, **looks)
                     self.tuned = gr.Gallery(label=t("after"), elem_id="tuned", interactive=False, **looks)
             with gr.Accordion(t("manage"), open=False, elem_id="manage"):
@@ -198,7 +212,9 @@ class TrainTab:
             choice.input(self.estimate, probed, planned, **probing)
         for choice in (self.effort, self.steps):
             choice.input(self.show_plan, probed, planned, **at_once)
-        self.captions.input(self.save_caption, [*me, self.consent], readiness, trigger_mode="multiple", **in_order)
+        self.captions.input(self.save_caption, me, None, trigger_mode="multiple", **in_order).then(
+            self.show_readiness, [*me, self.consent], readiness, trigger_mode="multiple", **at_once
+        )
         self.consent.input(self.show_readiness, [*me, self.consent], readiness, **at_once)
         plan = [self.title, self.effort, self.prompt, self.base, self.method, self.rank, self.steps, self.rate]
         self.start.click(
@@ -402,6 +418,7 @@ class TrainTab:
             x_title=say("axis_step", language),
             y_title=say("axis_log_loss" if logarithmic else "axis_loss", language),
             color_title="",
+            caption=say("legend", language),  # gradio's own legend stays empty
             color_map=dict(zip(names, COLOURS, strict=True)),
         )
         return {self.losses: gr.Column(visible=len(table) > 1), self.plot: plot}
@@ -438,7 +455,7 @@ class TrainTab:
             for source in sources:
                 source.unlink(missing_ok=True)
 
-    def save_caption(self, request: gr.Request, owner: str, name: str, consent: bool, event: gr.EventData) -> tuple:
+    def save_caption(self, request: gr.Request, owner: str, name: str, event: gr.EventData) -> None:
         """Write a caption that has just been typed."""
         from dalle_demo.data import uploads
 
@@ -448,7 +465,6 @@ class TrainTab:
                 uploads.save_captions(self.jobs.data(job), {str(event.file): str(event.caption)})
         except (uploads.UploadError, OSError) as error:
             raise gr.Error(say("caption_lost", language, reason=_safe(error)), print_exception=False) from error
-        return self._readiness(job, consent, language)
 
     def show_readiness(self, request: gr.Request, owner: str, name: str, consent: bool) -> tuple:
         """Say what is missing before training can start."""

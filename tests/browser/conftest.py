@@ -49,10 +49,9 @@ def server(nano_folder, tmp_path_factory) -> Iterator[Server]:
     """`python app.py` in its own process, as a user starts it."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "app.py", "--weights", str(nano_folder), "--port", str(port)]
+    apart = {"HF_HUB_OFFLINE": "1", "DALLE_DEMO_CACHE": str(log.parent)}  # from the trainings of whoever tests
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=output, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | apart, stdout=output, stderr=subprocess.STDOUT)
     try:
         wait_until_served(f"http://127.0.0.1:{port}/config", process, log)
         yield Server(f"http://127.0.0.1:{port}", log)
