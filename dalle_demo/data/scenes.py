@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import inflect  # training only
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_demo.data.pairs import BACKGROUNDS, STYLE_TEMPLATES, WHITE, Pairs, lay, place
+
+if TYPE_CHECKING:
+    import inflect
 
 HUES = {"red": 2, "orange": 28, "yellow": 52, "green": 125, "blue": 212, "purple": 278, "pink": 330}  # degrees
 LIGHT = {"orange", "yellow", "pink"}  # not these colours unless they are bright
@@ -180,7 +183,9 @@ def turned(rgba: np.ndarray, item: Item) -> np.ndarray:
 
 
 @cache
-def _english() -> inflect.engine:
+def _english() -> "inflect.engine":
+    import inflect  # for the embedded model's data only
+
     return inflect.engine()
 
 
