@@ -136,7 +136,7 @@ def test_a_run_leaves_everything_and_its_weights_draw(settings, tmp_path, nano_f
     assert {"step", "seconds", "loss", "learning_rate", "images_per_second"} <= read_log(out, "loss")[0].keys()
     assert len(list((out / "previews").glob("*.png"))) == len(list((out / "previews").glob("*.json"))) == 6
     assert Image.open(out / "reconstruction.png").size == grid([Image.new("RGB", (32, 32))] * 16, 8).size
-    assert read_log(out, "validation_loss")[-1]["seen_loss"] < 0.95 * read_log(out, "validation_loss")[0]["seen_loss"]
+    assert read_log(out, "validation_loss")[-1]["seen_loss"] < 0.99 * read_log(out, "validation_loss")[0]["seen_loss"]
     folder = out / "weights"
     assert (folder / lora.FILE).exists() is (method == "lora")
     for part in ("vqgan", "text_encoder", "image_decoder"):

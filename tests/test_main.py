@@ -241,12 +241,11 @@ def test_settings_out_of_range(tmp_path, capsys, flag, value):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["dalle", "--steps", "1"], "--vqgan"),
         (["vqgan"], "--steps"),
         (["vqgan", "--steps", "1", "--minutes", "1"], "--steps"),
         (["vqgan", "--steps", "1", "--preset", "gigantic"], "nano"),
         (["vqgan", "--steps", "1", "--preset", "mini"], "no encoder"),
-        (["dalle", "--steps", "1", "--preset", "mega"], "no encoder"),
+        (["dalle", "--steps", "1", "--preset", "mega", "--vqgan", "v", "--text", "t"], "no encoder"),
         (["vqgan", "--steps", "1"], "pairs.jsonl"),
     ],
 )
@@ -255,6 +254,13 @@ def test_train_says_what_is_missing(tmp_path, capsys, arguments, word):
     status = main(["train", *arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     assert status == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "missing"), [("sharpen", "--vqgan"), ("dalle", "--vqgan, --text")])
+def test_train_names_the_stages_before(tmp_path, capsys, stage, missing):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", stage, "--steps", "1", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert f"required: {missing}\n" in capsys.readouterr().err
 
 
 def test_data_builds_a_set(tmp_path, capsys):
