@@ -206,9 +206,9 @@ def _tokenizer(folder: Path, rows: int) -> Tokenizer:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a state dict, left in the file until they are used."""
+    """Tensors of a state dict."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)  # not mapped: what is converted is let go
     except FileNotFoundError as error:
         raise ConvertError(f"{path} is missing") from error
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:

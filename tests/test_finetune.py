@@ -22,10 +22,11 @@ from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import grid
 from dalle_demo.training import finetune, finetune_stage, lora, stages, watch
+from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
 from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep, vary
 from dalle_demo.training.loop import Monitor, Run, Workers
-from dalle_demo.training.watch import judge, read_log
+from dalle_demo.training.watch import judge
 from dalle_demo.weights import load_dalle, stored_hash
 
 DRIVER = Path(__file__).with_name("finetune_tiny.py")
@@ -276,6 +277,36 @@ def test_stop_and_save(settings, tmp_path, monkeypatch):
     assert load_dalle(str(tmp_path / "weights"))
 
 
+@pytest.mark.parametrize(("last", "kept"), [(2.0, 11), (4.0, 8)])
+def test_what_is_kept_when_it_is_stopped_is_what_is_told(settings, tmp_path, monkeypatch, last, kept):
+    """The checkpoint of `stop` is kept when it is the best; that of `save` only until a planned one is there."""
+    losses = {0: 6.0, 4: 5.0, 5: 1.0, 8: 3.0, 11: last}
+    seen, validate, take = [], FinetuneStage.validate, Run.take_step
+    monkeypatch.setattr(Run, "take_step", lambda run: (seen.append(0), take(run))[1])
+    monkeypatch.setattr(
+        FinetuneStage, "validate", lambda *given: validate(*given) | {"validation_loss": losses[len(seen)]}
+    )
+    asking(monkeypatch, tmp_path, {5: "save", 11: "stop"})
+    finetune.finetune(settings(), tmp_path)
+    assert f"{kept} of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
+    assert state(tmp_path)["notice"]["values"]["best"] == kept
+
+
+def test_a_word_written_while_another_is_read_is_heard_too(tmp_path, monkeypatch):
+    told, read = watch.Watch(tmp_path), Path.read_text
+
+    def read_and_ask(path, *arguments, **others):
+        word = read(path, *arguments, **others)
+        if word == "save":
+            (tmp_path / "ask").write_text("pause")
+        return word
+
+    monkeypatch.setattr(Path, "read_text", read_and_ask)
+    (tmp_path / "ask").write_text("save")
+    assert [told._asked() for _ in range(3)] == ["save", "pause", None]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
     losses = {0: 1.0, 4: 5.0, 8: 3.0, 12: 4.0, 16: 3.5}
     monkeypatch.setattr(FinetuneStage, "validate", lambda *_: {"validation_loss": losses.get(len(seen), 9.0)})
@@ -291,7 +322,34 @@ def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
     finetune.finetune(settings(), tmp_path)
     assert list(exported) == [4, 8]  # the untrained base is no candidate
     assert "8 of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
-    assert state(tmp_path)["notice"] == {"key": "by_heart", "values": {"best": 8, "count": 3}}
+    assert state(tmp_path)["notice"] == {"key": "worse", "values": {"best": 8, "count": 3}}
+
+
+@pytest.mark.parametrize("name", ["previews", "weights", "data"])
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_folders_that_no_run_made_are_left_alone(nano_folder, data, tmp_path, capsys, name, flags):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["train", "finetune", "--base", str(nano_folder), "--data", str(data), "--out", str(tmp_path)]
+    assert main([*command, *flags, "--steps", "1"]) == 2
+    assert f"holds {name}, which no run of fine-tuning made" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pictures_inside_the_folder_that_is_replaced_are_refused(settings, data, tmp_path):
+    out = tmp_path / "run"
+    finetune.bring_data(settings(), out, resume=False)
+    with pytest.raises(ValueError, match="lies inside"):
+        finetune.finetune(settings(data=str(out / "data" / "pictures")), out)
+    assert len(uploads.load(out / "data")) == len(list((out / "data" / "pictures").iterdir())) == 12
+
+
+def test_want_of_memory_is_told_in_a_sentence(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneStage, "_make_network", lambda _: torch.empty(1 << 60))
+    with pytest.raises(ValueError, match="not enough memory to train"):
+        finetune.finetune(settings(), tmp_path)
+    assert "not enough memory" in state(tmp_path)["message"]
 
 
 def test_an_error_is_told(settings, tmp_path, data, monkeypatch):
@@ -469,6 +527,9 @@ def test_previews_name_the_nearest_training_picture(settings, stage_of, monkeypa
         ([5.0, 4.0, 4.1, 4.2, 4.3], 0, "by_heart"),
         ([5.0, 4.0, 4.1, 4.2, 4.3, 3.9], 0, "learning"),
         ([5.0, 4.0], 0.75, "copies"),
+        ([5.0, 5.2, 5.1], 0, "worse"),
+        ([5.0, 5.1, 5.2, 5.3, 5.4], 0, "worse"),
+        ([5.0, 5.2, 4.9], 0, "learning"),
     ],
 )
 def test_overfitting_is_put_in_words(losses, copies, key):

@@ -105,6 +105,5 @@ def test_from_the_hub_to_a_picture(stub, tmp_path, preset, encoder, decoder, mem
     assert second["tokens"] == 256
     assert all(low < high for low, high in second["extrema"])
     if PEAK.exists():
-        assert first["fetched"] < memory
-        assert first["peak"] < memory
-        assert second["peak"] < memory
+        peaks = {"fetched and converted": first["fetched"], "loaded": first["peak"], "drawn": second["peak"]}
+        assert max(peaks.values()) < memory, peaks

@@ -187,8 +187,17 @@ def test_metadata_in_subfolders_is_of_its_folder(tmp_path):
 
 def test_a_text_file_beside_pictures_is_of_none_elsewhere(tmp_path):
     report, found = read(tmp_path, {"cats/1.png": A, "cats/2.png": B, "dogs/1.png": C, "dogs/2.txt": "a dog"})
-    assert set(found.values()) == {""}
+    assert found == {"cats/1.png": "cats", "cats/2.png": "cats", "dogs/1.png": "dogs"}
     assert [skipped.name for skipped in report.skipped] == ["dogs/2.txt"]
+
+
+def test_a_readme_hides_no_captions_in_names(tmp_path):
+    assert set(read(tmp_path, {"cats/1.png": A, "dogs/1.png": B, "README.txt": "Hello"})[1].values()) == {
+        "cats",
+        "dogs",
+    }
+    phrases = {"a red fox.png": A, "two bears asleep.png": B, "LICENSE.txt": "CC0"}
+    assert set(read(tmp_path / "other", phrases)[1].values()) == {"a red fox", "two bears asleep"}
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -401,6 +410,15 @@ def test_refused(tmp_path, case):
         prepare(sources, tmp_path / "out")
     assert message in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_DIRECTORY"])
+def test_a_long_list_of_entries_is_not_even_read(tmp_path, monkeypatch, limit):
+    path = in_zip(tmp_path / "s.zip", {f"{i}.txt": "" for i in range(9)})
+    monkeypatch.setattr(archives, limit, 8)
+    monkeypatch.setattr(archives.zipfile, "ZipFile", None)
+    with pytest.raises(UploadError, match="lists far more than 5,000 files"):
+        prepare([path], tmp_path / "out")
 
 
 def test_total_size(tmp_path, monkeypatch):

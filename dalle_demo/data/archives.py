@@ -20,6 +20,8 @@ MAX_FILES = 5_000
 MAX_BYTES = 64 << 20  # of one file
 MAX_TOTAL = 2 << 30  # of all files, once unpacked
 MAX_RATIO = 200  # of a zip's content to its size; pictures hardly shrink, tables by a factor of ten
+MAX_ENTRIES = 4 * MAX_FILES  # of a zip, with folders and what macOS adds
+MAX_DIRECTORY = 8 << 20  # bytes of its list of entries, which is read whole
 HARMLESS = 64 << 20  # bytes that a zip may unpack to at any ratio
 MAX_NAME = 250  # characters, folders included
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -138,7 +140,10 @@ def _in_folder(folder: Path) -> Iterator[File]:
 
 def _in_zip(path: Path, stack: contextlib.ExitStack) -> Iterator[File]:
     try:
+        _refuse_long_lists(path)
         archive = stack.enter_context(zipfile.ZipFile(path))
+    except UploadError:
+        raise
     except BROKEN as error:
         raise UploadError(f"{path.name} is not a whole zip file; pack it, or upload it, again") from error
     entries = archive.infolist()
@@ -153,6 +158,14 @@ def _in_zip(path: Path, stack: contextlib.ExitStack) -> Iterator[File]:
         if not entry.is_dir():
             name = posixpath.normpath(_name(entry))
             yield File(name, entry.file_size, partial(archive.open, entry))
+
+
+def _refuse_long_lists(path: Path) -> None:
+    """Raise UploadError by what a zip says of its list of entries, of which ZipFile makes objects at once."""
+    with path.open("rb") as stream:
+        end = zipfile._EndRecData(stream)  # as ZipFile finds it; another reading could be deceived
+    if end and (end[zipfile._ECD_ENTRIES_TOTAL] > MAX_ENTRIES or end[zipfile._ECD_SIZE] > MAX_DIRECTORY):
+        raise UploadError(f"{path.name} lists far more than {MAX_FILES:,} files, the most that are read; pack fewer")
 
 
 def _refuse_traps(archive: str, entry: zipfile.ZipInfo) -> None:

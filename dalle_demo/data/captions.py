@@ -59,7 +59,7 @@ class Captions:
         return [f"{fault}: {some(places)}" for fault, places in self._faults.items()]
 
     def read(self, files: Sequence[File]) -> None:
-        """Take captions from tables; then from text files; where there is neither, from folders or from file names."""
+        """Take captions from tables; then from text files; where neither has any, from folders or from file names."""
         tables = [file for file in files if file.kind in TABLES]
         texts = [file for file in files if file.kind in TEXTS]
         for take, file in [(self._take_table, file) for file in tables] + [(self._take_text, file) for file in texts]:
@@ -69,7 +69,7 @@ class Captions:
                 self.skipped.append(Skipped(file.name, str(error)))
         if self._texts:
             self.layout.append(f"captions in text files named as their pictures ({self._texts})")
-        if not tables and not texts:
+        if not tables and not self._texts:  # a README.txt says nothing of how the pictures are captioned
             self._take_folders() or self._take_names()
         if not self.layout:
             self.layout.append("pictures without captions")

@@ -58,12 +58,14 @@ def _settings(run: Path) -> str:
     return json.dumps({"base": base} | settings, ensure_ascii=False, indent=1) + "\n"
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log; one that is just being written is passed over."""
+def read_log(run: Path, key: str = "step") -> list[dict[str, Any]]:
+    """Lines of a run's log that hold a figure; one that is just being written, or was cut short, is passed over."""
     path, lines = run / "log.jsonl", []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if key in line:
+            lines.append(line)
     return lines

@@ -4,13 +4,15 @@ Training is `loop.Run` with the stage of `finetune_stage.py`, so it is resumable
 stages are. What people see of a run is made in `watch.py`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}
 BATCH, LARGE_BATCH = 16, 4  # pictures a step, of small and of large decoders
 CHECKPOINTS = 10
 PROBED, PROBED_STEPS = 4, 3
+REPLACED = ("previews", "weights", "data")  # folders of a run, which the next one in its place does away with
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> Non
     """Run from data to weights; see README for what `out` then holds.
 
     Raises:
-        ValueError: a setting, the data or the base cannot be used, or `out` holds a run and `resume` is false.
+        ValueError: a setting, the data or the base cannot be used, `out` holds a run and `resume` is false or holds
+            other things, or memory runs out.
     """
+    check_out(settings, out)
     if resume and (out / "settings.json").exists():
         loop.check_same(out, FinetuneSettings.read(out).lasting(), settings.lasting())
     plan, watch = settings.plan(), Watch(out)
@@ -131,7 +136,8 @@ def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> Non
         return FinetuneStage(settings, plan, out, workers)
 
     try:
-        loop.train(make, plan, out, resume, watch)
+        with memory_in_words(settings.base):
+            loop.train(make, plan, out, resume, watch)
     except BaseException as error:
         watch.broke(error)
         raise
@@ -153,15 +159,24 @@ def check_encoder(base: str) -> None:
         )
 
 
+def check_out(settings: FinetuneSettings, out: Path) -> None:
+    """Raise ValueError where a run would replace what is not its own, or the pictures that it is to read."""
+    foreign = [name for name in REPLACED if (out / name).exists()]
+    if foreign and not (out / "settings.json").exists():
+        raise ValueError(f"{out} holds {foreign[0]}, which no run of fine-tuning made; choose another --out")
+    source, data = Path(settings.data).resolve(), (out / "data").resolve()
+    if data in source.parents:
+        raise ValueError(f"--data {settings.data} lies inside {out / 'data'}, which a run replaces; move it elsewhere")
+
+
 def bring_data(settings: FinetuneSettings, out: Path, resume: bool) -> None:
     """Write settings.json and data/; what an earlier attempt left is replaced unless the run goes on."""
     out.mkdir(parents=True, exist_ok=True)
     source, folder = Path(settings.data), out / "data"
-    if not resume:
-        for name in ("previews", "weights"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        if source.resolve() != folder.resolve():
-            shutil.rmtree(folder, ignore_errors=True)
+    if not resume and (out / "settings.json").exists():
+        for name in REPLACED:
+            if source.resolve() != (out / name).resolve():
+                shutil.rmtree(out / name, ignore_errors=True)
     write_json(out / "settings.json", dataclasses.asdict(settings))
     if uploads.is_prepared(folder):
         return
@@ -180,13 +195,26 @@ def probe(settings: FinetuneSettings, data: Path) -> Estimate:
     Raises ValueError when the base cannot be trained, or there is not enough memory.
     """
     check_encoder(settings.base)
+    with (
+        memory_in_words(settings.base),
+        tempfile.TemporaryDirectory() as scratch,  # made here, since the process may be killed for its memory
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        return pool.submit(_measure, settings, data, Path(scratch)).result()
+
+
+@contextlib.contextmanager
+def memory_in_words(base: str) -> Iterator[None]:
+    """Raise ValueError where memory runs out, for which torch has a mere RuntimeError, and the system kills."""
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_measure, settings, data).result()
-    except (BrokenProcessPool, MemoryError):
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = re.search("allocate memory|(not enough|out of) memory", str(error))
+        if not told and not isinstance(error, MemoryError | BrokenProcessPool):
+            raise
         raise ValueError(
-            f"there is not enough memory to train {settings.base}: close other programs, or choose a smaller model"
-        ) from None
+            f"there is not enough memory to train {base}: close other programs, or choose a smaller model"
+        ) from error
 
 
 def estimate(settings: FinetuneSettings) -> Estimate:
@@ -199,28 +227,24 @@ def estimate(settings: FinetuneSettings) -> Estimate:
         return probe(settings, folder)
 
 
-def _measure(settings: FinetuneSettings, data: Path) -> Estimate:
+def _measure(settings: FinetuneSettings, data: Path, out: Path) -> Estimate:
     plan, examples = settings.plan(), [example for example in uploads.load(data) if example.caption]
     alone = Workers()
     alone.count, alone.rank = 1, 0
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch)
-        shutil.copytree(
-            data, out / "data", ignore=lambda *_: {Path(example.file).name for example in examples[PROBED:]}
-        )
-        lines = (json.dumps(dataclasses.asdict(example)) + "\n" for example in examples[:PROBED])
-        (out / "data" / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
-        start = time.monotonic()
-        stage = FinetuneStage(settings, plan, out, alone, most_kept=1)
-        prepared = time.monotonic() - start
-        run = loop.Run(stage, plan, out, alone, loop.Monitor())
-        run.done = 0.0
-        times = [_seconds(run.take_step) for _ in range(PROBED_STEPS)]
-        step = min(times)
-        DalleEngine(stage.model(run.ema), threads=torch.get_num_threads())  # for the memory that it takes
-        picture = _seconds(lambda: stage.tokenise(range(1)))
-        drawn = len(names_to_keep(examples, is_large(settings.base))) + (CHECKPOINTS + 1) * previews_of(stage.config)
-        drawing = drawn * seconds_per_image(stage.config)
+    shutil.copytree(data, out / "data", ignore=lambda *_: {Path(example.file).name for example in examples[PROBED:]})
+    lines = (json.dumps(dataclasses.asdict(example)) + "\n" for example in examples[:PROBED])
+    (out / "data" / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
+    start = time.monotonic()
+    stage = FinetuneStage(settings, plan, out, alone, most_kept=1)
+    prepared = time.monotonic() - start
+    run = loop.Run(stage, plan, out, alone, loop.Monitor())
+    run.done = 0.0
+    times = [_seconds(run.take_step) for _ in range(PROBED_STEPS)]
+    step = min(times)
+    DalleEngine(stage.model(run.ema), threads=torch.get_num_threads())  # for the memory that it takes
+    picture = _seconds(lambda: stage.tokenise(range(1)))
+    drawn = len(names_to_keep(examples, is_large(settings.base))) + (CHECKPOINTS + 1) * previews_of(stage.config)
+    drawing = drawn * seconds_per_image(stage.config)
     seconds = prepared + max(0, len(examples) - PROBED) * picture + plan.steps * step + drawing
     return Estimate(step, seconds, _peak_memory())
 

@@ -7,9 +7,10 @@ import copy
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dalle_demo.images import from_pil, grid, to_pil
 from dalle_demo.models.packed import is_stored, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.training import lora
+from dalle_demo.training.export import read_log
 from dalle_demo.training.loop import Plan, Workers
 from dalle_demo.training.stages import (
     COND_DROP_PROB,
@@ -34,7 +36,6 @@ from dalle_demo.training.stages import (
     shared_cache,
     shuffled,
 )
-from dalle_demo.training.watch import read_log
 from dalle_demo.weights import Dalle, StoredPart, find, load_dalle, save_tensors, stored_hash
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class FinetuneStage:
         self, settings: "FinetuneSettings", plan: Plan, out: Path, workers: Workers, most_kept: int | None = None
     ):
         self.settings, self.plan, self.out = settings, plan, out
+        self.stopped = False  # on request, for good: the checkpoint that follows is one of those that may be the best
         self.folder, self.base = find(settings.base), load_dalle(settings.base)
         self.config, self.vqgan = self.base.config, self.base.vqgan.float()
         self.examples = uploads.load(out / "data")
@@ -174,7 +176,8 @@ class FinetuneStage:
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss in nats a token of pictures as they are: held out from training, and as many that are trained on."""
         seen = self.training[: len(self.held_out)]
-        return {"validation_loss": self._loss(network, self.held_out), "seen_loss": self._loss(network, seen)}
+        losses = {"validation_loss": self._loss(network, self.held_out), "seen_loss": self._loss(network, seen)}
+        return losses | ({"stopped": 1} if self.stopped else {})
 
     def _loss(self, network: nn.Module, rows: np.ndarray) -> float:
         total = 0.0
@@ -186,7 +189,7 @@ class FinetuneStage:
         return total / len(rows)
 
     def export(self, network: nn.Module, folder: Path) -> None:
-        """Write the whole model, adapters merged, if no planned checkpoint was better on the held-out pictures."""
+        """Write the whole model, adapters merged, if no checkpoint that counts was better on the held-out pictures."""
         if not self._is_best():
             return
         parts = {part: getattr(network, part) for part in self.settings.parts}
@@ -201,14 +204,16 @@ class FinetuneStage:
         save_tensors(folder, configs, states, self.folder / "tokenizer.json", defaults=self.config.defaults)
 
     def _is_best(self) -> bool:
-        """Of what was asked for in between only the first is kept: whoever pauses a run gets the weights of others."""
+        """Of what was saved in between only the first is kept: whoever pauses a run gets the weights of others."""
         *before, now = read_log(self.out, "validation_loss")
-        rivals = [line["validation_loss"] for line in before if 0 < line["step"] < now["step"] and self._planned(line)]
+        rivals = [line["validation_loss"] for line in before if 0 < line["step"] < now["step"] and self.counts(line)]
         better = not rivals or now["validation_loss"] < min(rivals)
-        return now["step"] > 0 and better and (self._planned(now) or not rivals)
+        return now["step"] > 0 and better and (self.counts(now) or not rivals)
 
-    def _planned(self, line: dict) -> bool:
-        return line["step"] % self.plan.checkpoint_steps == 0 or line["step"] == self.plan.steps
+    def counts(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the log is of a checkpoint that may be the best: planned, or the last of a stopped run."""
+        planned = line["step"] % self.plan.checkpoint_steps == 0 or line["step"] == self.plan.steps
+        return planned or "stopped" in line
 
     def model(self, network: nn.Module) -> Dalle:
         """What would be exported, for an engine to take apart."""

@@ -1,5 +1,6 @@
 """a run -> what people see of it and ask of it: state.json, previews, copies, and what they mean in plain words."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from dalle_demo.config import DalleConfig
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import from_pil, grid
+from dalle_demo.training.export import read_log
 from dalle_demo.training.loop import Monitor, Run
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ NOTICES = {
     "early": "It is too early to say more.",
     "learning": "Going well: held-out pictures are predicted better than ever.",
     "waiting": "Held-out pictures were predicted best at step {best}, which is kept; that often changes again.",
+    "worse": "Worse than the base so far: held-out pictures were predicted better before the training.",
     "by_heart": "Held-out pictures were predicted best at step {best}, {count} checkpoints ago: by now it learns your "
     "pictures by heart. Step {best} is kept; you can stop.",
     "copies": "{share} % of the samples of a prompt that it has never seen are copies of your pictures: it has learned "
@@ -55,7 +58,7 @@ def judge(lines: Sequence[Mapping[str, Any]], copies: float, held_out: int) -> N
     """Overfitting in words.
 
     Args:
-        lines: validation lines of the log.
+        lines: validation lines of the log, of the checkpoints that may be the best, that of the base first.
         copies: their share among the previews of an unseen prompt.
         held_out: number of pictures.
     """
@@ -69,6 +72,8 @@ def judge(lines: Sequence[Mapping[str, Any]], copies: float, held_out: int) -> N
     values = {"best": after_start[best]["step"], "count": last - best}
     if copies >= 0.5:
         return Notice("copies", values | {"share": round(100 * copies)})
+    if losses[best] > lines[0]["validation_loss"]:
+        return Notice("worse", values)
     if last - best >= PATIENCE:
         return Notice("by_heart", values)
     return Notice("learning" if best == last else "waiting", values)
@@ -86,6 +91,7 @@ class Watch(Monitor):
         """Tell that there is a run, which is being prepared."""
         self.began, self.steps = True, steps
         self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "ask.taken").unlink(missing_ok=True)  # of a process that was killed
         self._tell("preparing", "Reading the pictures.")
 
     def stepped(self, run: Run) -> bool:
@@ -95,25 +101,29 @@ class Watch(Monitor):
         word = self._asked()
         if word in ("pause", "stop"):
             self.word = word
-            run.stopping = True
+            run.stopping, run.stage.stopped = True, word == "stop"
         if time.monotonic() - self.told >= OFTEN:
             self._tell("running", str(self.notice))
         return word == "save"
 
     def _asked(self) -> str | None:
+        taken = self.out / "ask.taken"
+        with contextlib.suppress(OSError):  # none is there, or on Windows it is being written
+            (self.out / "ask").replace(taken)  # so that what is asked meanwhile is not removed with it
         try:
-            word = (self.out / "ask").read_text(encoding="utf-8").strip()
+            word = taken.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
         if word:  # else it is being written
-            (self.out / "ask").unlink(missing_ok=True)
+            taken.unlink()
         return word if word in WORDS else None
 
     def checking(self, run: Run) -> None:
         """Draw the previews and say how it goes."""
         self.step = run.step
         copies = draw_previews(run.stage, run.ema, run.step, self.out / "previews")
-        self.notice = judge(read_log(self.out, "validation_loss"), copies, run.stage.held_out_pictures)
+        lines = [line for line in read_log(self.out, "validation_loss") if run.stage.counts(line)]
+        self.notice = judge(lines, copies, run.stage.held_out_pictures)
         self._tell("running", str(self.notice))
 
     def end(self) -> None:
@@ -123,7 +133,8 @@ class Watch(Monitor):
         lines = read_log(self.out, "validation_loss")
         self.step = lines[-1]["step"]
         if self.step >= self.steps:
-            (self.out / "ask").unlink(missing_ok=True)
+            for name in ("ask", "ask.taken"):
+                (self.out / name).unlink(missing_ok=True)
             self._tell("done", f"The best by held-out pictures is in {self.out / 'weights'}.")
         elif self.word == "stop":
             self._tell("stopped", "What was best until now is kept.")
@@ -207,19 +218,6 @@ def thumbnails(pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
 def distance(a: Float[Tensor, "A F"], b: Float[Tensor, "B F"]) -> Float[Tensor, "A B"]:
     """Root mean square of differences, 0..1."""
     return torch.cdist(a, b) / a.shape[1] ** 0.5
-
-
-def read_log(out: Path, key: str) -> list[dict[str, Any]]:
-    """Lines of log.jsonl that hold a figure; one that was cut short by a kill is passed over."""
-    lines = []
-    for text in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if key in line:
-            lines.append(line)
-    return lines
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -306,6 +306,7 @@ SENTENCES = {
         "watch_learning": "Going well: held-out pictures are predicted better than ever.",
         "watch_waiting": "Held-out pictures were predicted best at step {best}, which is kept; that often changes "
         "again.",
+        "watch_worse": "Worse than the base so far: held-out pictures were predicted better before the training.",
         "watch_by_heart": "Held-out pictures were predicted best at step {best}, {count} checkpoints ago: by now it "
         "learns your pictures by heart. Step {best} is kept; you can stop.",
         "watch_copies": "{share} % of the samples of a prompt that it has never seen are copies of your pictures: it "
@@ -442,6 +443,7 @@ SENTENCES = {
         "watch_early": "现在下结论还太早。",
         "watch_learning": "进展顺利：对留出图片的预测好于以往。",
         "watch_waiting": "对留出图片的预测以第 {best} 步为最好，已保留；之后常常还会变好。",
+        "watch_worse": "目前还不如基础模型：训练之前对留出图片的预测更好。",
         "watch_by_heart": "对留出图片的预测以第 {best} 步为最好，已过去 {count} 个检查点：现在它在死记你的图片。"
         "第 {best} 步已保留，可以停止了。",
         "watch_copies": "对一个没有学过的描述，{share} % 的样本是你图片的翻版：它已经死记硬背。"
