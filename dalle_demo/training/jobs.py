@@ -37,10 +37,11 @@ KEPT = {"draft": DAY, "started": 30 * DAY}  # since the owner last did something
 TRIES = 3  # starts of a process without a new checkpoint, after which a job counts as failed
 NICENESS = 10  # a tenth of the processor for training while somebody draws, all of it when nobody does
 TICK = 0.5  # seconds between two looks at the running process
-MAX_WAITING = 16
+HOUR = 3600.0  # seconds between two looks for what is to be deleted
+RETRY = 60.0  # seconds until a job is tried again whose trouble cannot be written down
+MAX_WAITING, MAX_OWN = 16, 2  # jobs that run or wait, of all owners and of one
 MAX_TITLE = 60  # characters
 ENDED = ("done", "stopped", "failed")
-ACTIVE = ("waiting", "preparing", "running", "pausing", "stopping")
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +89,28 @@ class Jobs:
         self.root = root or hub.cache_root() / "jobs"
         self._tries: dict[str, tuple[float, int]] = {}  # time of the checkpoint at the last start, starts since then
         self._changes = threading.RLock()  # of job.json
-        self._wake, self._closed = threading.Event(), False
+        self._wake, self._closed = threading.Event(), threading.Event()
         self._keeper: threading.Thread | None = None
         self._process: subprocess.Popen | None = None
+        self._turn = ""  # id of the job whose process that is
         if self.root.is_dir():
             self._clear()
             self._keep()
+        threading.Thread(target=self._clear_hourly, name="old training jobs", daemon=True).start()
 
     # what owners do
 
     def create(self, owner: str) -> Job:
-        """A new job, for which pictures are to be prepared in `data`."""
+        """The owner's draft, a new one if there is none yet, which waits for its pictures."""
         self._clear()
-        job = Job(secrets.token_hex(16), _hash(owner), "", "draft", time.time())
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)  # nobody else's on this machine
-        self.run(job).mkdir(parents=True)
-        return self._write(job)
+        with self._changes:
+            for job in self.of(owner):
+                if job.wish == "draft":
+                    return self._write(job)
+            job = Job(secrets.token_hex(16), _hash(owner), "", "draft", time.time())
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)  # nobody else's on this machine
+            self.run(job).mkdir(parents=True)
+            return self._write(job)
 
     def of(self, owner: str) -> list[Job]:
         """Jobs of an owner, the newest first."""
@@ -130,6 +137,20 @@ class Jobs:
         folder = self.run(job) / "weights"
         return folder if self.state(job).state in ENDED and (folder / "config.json").exists() else None
 
+    def put_data(self, job: Job, folder: Path) -> None:
+        """Move prepared pictures into a draft, in the place of those that it had."""
+        with self._changes:
+            self.touch(job)
+            shutil.rmtree(self.data(job), ignore_errors=True)
+            folder.replace(self.data(job))
+
+    def touch(self, job: Job) -> None:
+        """Remember that the owner has done something; JobError when the job is no draft any more."""
+        with self._changes:
+            if self._fresh(job).wish != "draft":
+                raise JobError("job_started")
+            self._write(self._fresh(job))
+
     def settings(self, job: Job) -> dict[str, Any]:
         """Those of the run, as training/finetune.py has them."""
         return json.loads((self.run(job) / "settings.json").read_text(encoding="utf-8"))
@@ -139,8 +160,7 @@ class Jobs:
         with self._changes:
             if self._fresh(job).wish != "draft":
                 raise JobError("job_started")
-            if sum(self._is_waiting(other) for other in self._all()) >= MAX_WAITING:
-                raise JobError("queue_full", count=MAX_WAITING)
+            self._refuse_too_many(job)
             path = self.run(job) / "settings.json"  # not flags, which everybody on this machine could read
             path.write_text(json.dumps(settings | {"data": str(self.data(job))}, ensure_ascii=False), encoding="utf-8")
             started = self._change(job, title=tidy(title), wish="run", asked=time.time())
@@ -152,6 +172,7 @@ class Jobs:
         if self.state(job).state not in ("paused", "failed"):
             return job
         with self._changes:
+            self._refuse_too_many(job)
             (self.run(job) / "state.json").unlink(missing_ok=True)
             self._tries.pop(job.id, None)
             job = self._change(job, wish="run", asked=time.time(), trouble="")
@@ -183,7 +204,7 @@ class Jobs:
         """End a job at once and leave nothing of it."""
         with self._changes:
             if self.running() == job.id:
-                self._signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+                self._signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL, job.id)
                 for _ in range(100):
                     if self.running() != job.id:
                         break
@@ -234,7 +255,7 @@ class Jobs:
     def running(self) -> str | None:
         """Id of the job that has a process, whichever server started it."""
         if self._process is not None and self._process.poll() is None:
-            return self._holder()[0]
+            return self._turn
         if fcntl is None or not (self.root / "lock").exists():
             return None
         with (self.root / "lock").open("a") as file:
@@ -243,9 +264,9 @@ class Jobs:
     def close(self) -> None:
         """Have the running job make a checkpoint and end; the next server goes on with it."""
         with self._changes:
-            self._closed = True
-            if self.running():
-                self._signal(signal.SIGTERM)
+            self._closed.set()
+            if name := self.running():
+                self._signal(signal.SIGTERM, name)
         self._wake.set()
 
     def command(self, job: Job) -> list[str]:
@@ -255,7 +276,7 @@ class Jobs:
     def _keep(self) -> None:
         """Make sure that somebody looks after the queue as long as there is one."""
         with self._changes:
-            if not self._closed and self._keeper is None and any(map(self._is_waiting, self._all())):
+            if not self._closed.is_set() and self._keeper is None and any(map(self._is_waiting, self._all())):
                 atexit.unregister(self.close)
                 atexit.register(self.close)
                 self._keeper = threading.Thread(target=self._look_after, name="training jobs", daemon=True)
@@ -263,7 +284,8 @@ class Jobs:
         self._wake.set()
 
     def _look_after(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
+            pause = TICK
             with self._changes:
                 waiting = sorted(filter(self._is_waiting, self._all()), key=lambda job: job.asked)
                 if not waiting:
@@ -271,10 +293,29 @@ class Jobs:
                     return
                 try:
                     self._give_turn(waiting[0])
-                except OSError:
-                    log.exception("the next training job cannot be started")
-            self._wake.wait(TICK)
+                except Exception:  # of one job: the others are to have their turns
+                    log.exception("training job %s cannot be started", waiting[0].id)
+                    pause = self._give_up(waiting[0])
+            self._wake.wait(pause)
             self._wake.clear()
+
+    def _give_up(self, job: Job) -> float:
+        """Mark a job that cannot be started; seconds until the next look at the queue."""
+        try:
+            self._change(job, trouble="not_started")
+        except JobError:  # just deleted
+            return TICK
+        except OSError:  # a full disk, which concerns all jobs
+            return RETRY
+        return TICK
+
+    def _refuse_too_many(self, job: Job) -> None:
+        """JobError where as many jobs run or wait as may."""
+        busy = [other for other in self._all() if self._is_waiting(other)]
+        if len(busy) >= MAX_WAITING:
+            raise JobError("queue_full", count=MAX_WAITING)
+        if sum(other.owner == job.owner for other in busy) >= MAX_OWN:
+            raise JobError("own_queue_full", count=MAX_OWN)
 
     def _is_waiting(self, job: Job) -> bool:
         """Whether a job runs or waits for its turn."""
@@ -292,8 +333,9 @@ class Jobs:
                 self._change(job, trouble=self._last_words(job))
                 return
             (self.run(job) / "ask").unlink(missing_ok=True)
-            self._process = self._spawn(job, file.fileno())
-            file.write(f"{job.id} {self._process.pid}")
+            self._process, self._turn = self._spawn(job, file.fileno()), job.id
+            with contextlib.suppress(OSError):  # on a full disk other servers cannot address it, but it runs
+                os.write(file.fileno(), f"{job.id} {self._process.pid}".encode())
 
     def _spawn(self, job: Job, lock: int) -> subprocess.Popen:
         """The training itself. It inherits the lock, which is free again when it has ended, however that came about."""
@@ -322,7 +364,8 @@ class Jobs:
 
     def _last_words(self, job: Job) -> str:
         """What the process said before it ended; of one that was killed, its likely reason."""
-        output = (self.root / job.id / "output.txt").read_text(encoding="utf-8", errors="replace")
+        path = self.root / job.id / "output.txt"
+        output = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         errors = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
         if not errors:
             log.warning("a training job ended %d times without a word", TRIES)
@@ -343,15 +386,20 @@ class Jobs:
         part.write_text(word, encoding="utf-8")
         part.replace(self.run(job) / "ask")
 
-    def _signal(self, number: int) -> None:
-        _, pid = self._holder()
+    def _signal(self, number: int, name: str) -> None:
+        """Tell the process of a job, ours or that of another server, if it still is that job's."""
         with contextlib.suppress(OSError):
-            os.kill(pid, number)
+            if self._turn == name and self._process is not None and self._process.poll() is None:
+                self._process.send_signal(number)
+                return
+            holder, pid = self._holder()
+            if holder == name and pid > 0:  # others address all processes of a group, or of the user
+                os.kill(pid, number)
 
     def _holder(self) -> tuple[str, int]:
         """Job and process that have the lock, or had it."""
         words = (self.root / "lock").read_text(encoding="utf-8").split()
-        return (words[0], int(words[1])) if len(words) == 2 else ("", -1)
+        return (words[0], int(words[1])) if len(words) == 2 and words[1].isdecimal() else ("", -1)
 
     # the files
 
@@ -384,18 +432,28 @@ class Jobs:
     def _told(self, job: Job) -> dict[str, Any]:
         """What the run last said of itself."""
         try:
-            return json.loads((self.run(job) / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return dict(json.loads((self.run(job) / "state.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def _clear(self) -> None:
-        """Delete what its owner has not touched for long."""
-        for job in self._all():
-            kept = KEPT["draft" if job.wish == "draft" else "started"]
-            with contextlib.suppress(OSError):
-                age = time.time() - (self.root / job.id / "job.json").stat().st_mtime
-                if age > kept and self.running() != job.id:
-                    shutil.rmtree(self.root / job.id, ignore_errors=True)
+        """Delete what its owner has not touched for long, whether or not it can be read."""
+        for folder in self.root.iterdir() if self.root.is_dir() else ():
+            if not re.fullmatch("[0-9a-f]{32}", folder.name):
+                continue
+            kept = KEPT["started" if (folder / "run" / "settings.json").exists() else "draft"]
+            with self._changes, contextlib.suppress(OSError):
+                path = folder / "job.json"
+                age = time.time() - (path if path.exists() else folder).stat().st_mtime
+                if age > kept and self.running() != folder.name:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _clear_hourly(self) -> None:
+        while not self._closed.wait(HOUR):
+            try:
+                self._clear()
+            except OSError:
+                log.exception("old training jobs cannot be looked for")
 
 
 def new_owner() -> str:
