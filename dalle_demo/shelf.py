@@ -147,6 +147,7 @@ class Shelf:
         """Models here that can be fine-tuned, which takes an encoder for pictures, and their presets or folders."""
         able = [name for name in self.names() if self._configs[name].vqgan.encoder and self._files(name).folder]
         presets = {name: self._presets[name] for name in able}
+        presets |= {name: name for name in SOURCES if name not in self._configs and _has_encoder(repos.listed(name))}
         return {
             name: str(Path(preset).absolute()) if Path(preset).exists() else preset for name, preset in presets.items()
         }
@@ -385,6 +386,14 @@ def _counts(path: Path) -> dict[str, int]:
 def _too_big(entry: Entry) -> str:
     needed, free = entry.memory / 1e9, (entry.room or 0) / 1e9
     return f"{entry.name} needs {needed:.1f} GB of memory, and {free:.1f} GB are free: close other programs first"
+
+
+def _has_encoder(files: repos.Listed) -> bool:
+    """Whether weights, if they are here, make codes of pictures."""
+    try:
+        return files.folder is not None and weights.stored_model(files.folder).vqgan.encoder
+    except (ValueError, OSError):  # damaged, or just being replaced
+        return False
 
 
 def _facts(engine: DalleEngine) -> tuple[str, int]:

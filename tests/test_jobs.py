@@ -240,13 +240,111 @@ def test_delete_ends_the_process_and_leaves_nothing(jobs):
     wait_for(jobs, second, "running")
 
 
-def test_what_nobody_touches_is_deleted(jobs, monkeypatch):
-    draft, kept = jobs.create(ME), jobs.create(ME)
-    old = time.time() - 1.1 * module.DAY
-    os.utime(jobs.root / draft.id / "job.json", (old, old))
-    jobs.create(YOU)
-    assert [job.id for job in jobs.of(ME)] == [kept.id]
-    assert not (jobs.root / draft.id).exists()
+@pytest.mark.parametrize("note", ["", "word", "{id} -1", "{id} 0", "{id} x", "{other} {pid}"])
+def test_nothing_but_the_process_of_the_job_is_ever_signalled(jobs, monkeypatch, note):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
+    job = jobs.create(ME)
+    (jobs.root / "lock").write_text(note.format(id=job.id, other="0" * 32, pid=os.getpid()))
+    jobs._signal(signal.SIGTERM, job.id)
+    assert sent == []
+
+
+def test_delete_ends_a_process_whose_number_was_never_written(jobs):
+    job = begin(jobs)
+    wait_for(jobs, job, "running")
+    process = jobs._process
+    (jobs.root / "lock").write_text("")
+    jobs.delete(job)
+    assert process.wait(timeout=5) == -signal.SIGKILL
+    assert not (jobs.root / job.id).exists()
+
+
+def grow_old(jobs: Jobs, job: Job, days: float) -> None:
+    old = time.time() - days * module.DAY
+    for path in (jobs.root / job.id / "job.json", jobs.root / job.id):
+        if path.exists():
+            os.utime(path, (old, old))
+
+
+def test_what_nobody_touches_is_deleted_while_the_server_runs(server, monkeypatch):
+    monkeypatch.setattr(module, "HOUR", 0.05)
+    jobs = server()
+    draft, kept, broken, unreadable = (jobs.create(owner) for owner in ("a", "b", "c", "d"))
+    (jobs.root / broken.id / "job.json").unlink()
+    (jobs.root / unreadable.id / "job.json").write_text("{")
+    other = jobs.root / "not-a-job"
+    other.mkdir()
+    os.utime(other, (0, 0))
+    grow_old(jobs, kept, 1.1)
+    jobs.touch(kept)
+    for job in (draft, broken, unreadable):
+        grow_old(jobs, job, 1.1)
+    deadline = time.monotonic() + 10
+    while {path.name for path in jobs.root.iterdir()} != {kept.id, "not-a-job"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_was_started_is_kept_for_a_month(jobs):
+    job = begin(jobs)
+    wait_for(jobs, job, "running")
+    jobs.pause(job)
+    wait_for(jobs, job, "paused")
+    grow_old(jobs, job, 29)
+    jobs._clear()
+    assert (jobs.root / job.id).exists()
+    grow_old(jobs, job, 31)
+    jobs._clear()
+    assert not (jobs.root / job.id).exists()
+
+
+@pytest.mark.parametrize("error", [JobError("job_unknown"), OSError("no room"), RuntimeError("a bug")])
+def test_a_job_that_cannot_be_started_does_not_keep_the_others_waiting(jobs, monkeypatch, error):
+    spawn, bad = jobs._spawn, jobs.create(ME)
+
+    def fail(job, lock):
+        if job.id == bad.id:
+            raise error
+        return spawn(job, lock)
+
+    monkeypatch.setattr(jobs, "_spawn", fail)
+    jobs.start(bad, "Bad", {"base": "nano"})
+    good = begin(jobs, YOU)
+    wait_for(jobs, good, "running")
+    assert jobs.state(jobs._read(bad.id)).message == "not_started"
+
+
+def test_a_process_that_never_said_anything_was_killed(jobs):
+    assert jobs._last_words(jobs.create(ME)) == "killed"
+
+
+def test_pictures_are_put_into_a_draft_only(jobs):
+    job = jobs.create(ME)
+    for number in range(2):
+        folder = jobs.run(job) / f"upload{number}"
+        folder.mkdir()
+        (folder / str(number)).touch()
+        if number:
+            jobs.start(job, "Mine", {"base": "nano"})
+            with pytest.raises(JobError, match="job_started"):
+                jobs.put_data(job, folder)
+        else:
+            jobs.put_data(job, folder)
+    assert [path.name for path in jobs.data(job).iterdir()] == ["0"]
+
+
+def test_an_owner_has_one_draft_and_two_turns(jobs):
+    assert jobs.create(ME).id == jobs.create(ME).id != jobs.create(YOU).id
+    first, _ = begin(jobs), begin(jobs)
+    with pytest.raises(JobError, match="own_queue_full"):
+        begin(jobs)
+    assert begin(jobs, YOU)
+    jobs.pause(first)
+    begin(jobs)
+    wait_for(jobs, first, "paused")
+    with pytest.raises(JobError, match="own_queue_full"):
+        jobs.resume(jobs._read(first.id))
 
 
 def test_a_job_is_started_once_and_the_queue_has_an_end(jobs, monkeypatch):

@@ -158,6 +158,15 @@ def test_names_and_settings_are_known_without_an_estimate(stocked, monkeypatch):
     assert stocked.defaults("mini") == PRESETS["mini"].defaults
 
 
+def test_a_source_that_was_pulled_can_be_trained_if_it_makes_codes_of_pictures(stocked, cache, other_folder):
+    assert "mini-flax" not in stocked.trainable()
+    shutil.copytree(other_folder, cache / "mini-flax")
+    assert stocked.trainable()["mini-flax"] == "mini-flax"
+    assert "mini-flax" not in stocked.names()
+    (cache / "mini-flax" / "config.json").write_text("{")
+    assert "mini-flax" not in stocked.trainable()
+
+
 @pytest.mark.parametrize("name", ["dall-e", "", None, 3, ["mini"], {}])
 def test_there_is_no_model_of_another_name(stocked, name):
     assert stocked.find(name) is None

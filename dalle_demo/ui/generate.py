@@ -159,7 +159,7 @@ class GenerateTab:
                 concurrency_limit=1,
                 concurrency_id="engine",
             )
-            drawn.success(self.finish, [self.models.model], [*buttons, self.models.footer], **hidden)
+            drawn.success(self.finish, [self.models.model], [*buttons, self.models.footer], preprocess=False, **hidden)
             drawn.failure(self.fail, None, [*buttons, self.status], **hidden)
         self.stop.click(self.press_stop, **hidden)
 

@@ -7,6 +7,7 @@ by training/jobs.py, so that the page may be closed at any moment.
 import dataclasses
 import html
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -195,10 +196,10 @@ class TrainTab:
             *(self.prepared, self.captions, self.title, self.prompt, *planned, *readiness, self.run, self.status),
             *(*self.buttons.values(), self.reconstruction, self.losses, self.plot, self.previews, self.after),
             *(self.compare_prompt, self.strength, self.compared, self.pairs, self.new_title, self.zip, self.told),
-            *(self.delete_row, self.delete, self.delete_sure, self.models.model),
+            *(self.delete_row, self.delete, self.delete_sure, self.models.model, self.base),
         ]
         looks = [self.raw, self.logarithmic]
-        probed = [*me, self.base, self.method, self.text_encoder, self.effort, self.steps]
+        probed = [*me, self.effort, self.steps, self.base, self.method, self.text_encoder, self.rank]
         probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
 
         arrived = page.load(self.arrive, [self.owner, self.consent], [self.owner, *self.everything], **at_once)
@@ -210,6 +211,7 @@ class TrainTab:
             event.then(self.estimate, probed, planned, **probing)
         for choice in (self.base, self.method, self.text_encoder):
             choice.input(self.estimate, probed, planned, **probing)
+        self.rank.release(self.estimate, probed, planned, **probing)
         for choice in (self.effort, self.steps):
             choice.input(self.show_plan, probed, planned, **at_once)
         self.captions.input(self.save_caption, me, None, trigger_mode="multiple", **in_order).then(
@@ -229,7 +231,7 @@ class TrainTab:
         self.timer.tick(self.poll, [*me, self.seen, *looks], self.everything, **at_once)
         for box in looks:
             box.input(self.poll, [*me, self.seen, *looks], self.everything, **at_once)
-        gr.on(
+        compared = gr.on(
             [self.draw_both.click, self.compare_prompt.submit, self.strength.release],
             self.compare,
             [*me, self.compare_prompt, self.strength],
@@ -240,7 +242,7 @@ class TrainTab:
             concurrency_id="engine",
         )
         self.use.click(self.use_in_generate, [*me, self.strength], [*self.models.shown, self.tabs], **at_once)
-        self.rename.click(self.press_rename, [*me, self.new_title], self.everything, **at_once)
+        renamed = self.rename.click(self.press_rename, [*me, self.new_title], self.everything, **at_once)
         self.export.click(self.press_export, [*me, self.licence], [self.zip, self.told], **QUIET)
         self.push.click(
             self.press_push,
@@ -250,7 +252,9 @@ class TrainTab:
             concurrency_limit=4,
         )
         self.delete.click(lambda: gr.Button(visible=True), None, self.delete_sure, **at_once)
-        self.delete_sure.click(self.press_delete, [*me, self.consent], self.everything, **at_once)
+        deleted = self.delete_sure.click(self.press_delete, [*me, self.consent], self.everything, **at_once)
+        for event in (compared, renamed, deleted):
+            event.then(self.follow, [self.owner, self.models.chosen], self.models.shown, **at_once)
         page.unload(self.leave)
 
     # the visitor's jobs
@@ -277,7 +281,23 @@ class TrainTab:
         """Names on the shelf of the visitor's tuned models."""
         owner = self._owners.get(request.session_hash)
         jobs = self.jobs.of(owner) if owner else []
-        return [self._adopt(job) for job in jobs if self.jobs.weights(job)]
+        names = []
+        for job in jobs:
+            if self.jobs.weights(job):
+                try:
+                    names.append(self._adopt(job))
+                except (ValueError, OSError) as error:  # damaged, or of an older version: the others can be used
+                    log.warning("the model of a training cannot be read: %s", error)
+        return names
+
+    def follow(self, request: gr.Request, owner: str, chosen: str) -> dict:
+        """Keep the choice of the Generate tab a model that there is, when the visitor's have changed."""
+        self._owners[request.session_hash] = owner
+        own = {name.partition("@")[0]: name for name in self.own(request)}
+        now = chosen if chosen in self.shelf.names() else own.get(chosen.partition("@")[0], self.shelf.home)
+        if now != chosen:
+            return self.models.select(request, self.shelf.find(now))
+        return {self.models.model: gr.Dropdown(self.models.choices(request), value=now)}
 
     def pick(self, request: gr.Request, owner: str, name: str, consent: bool) -> dict:
         """Show another job, or an empty form."""
@@ -286,7 +306,7 @@ class TrainTab:
 
     def _adopt(self, job: "Job") -> str:
         """Put a tuned model on the shelf; its name there, which nobody can guess."""
-        name, folder, title, strength = f"{job.id}@{job.strength:g}", self.jobs.weights(job), job.title, job.strength
+        name, folder, title, strength = f"{job.id}@{job.strength:g}", self._weights(job), job.title, job.strength
 
         def change(model: Any) -> Any:
             if strength != 1:
@@ -297,6 +317,21 @@ class TrainTab:
 
         self.shelf.adopt(name, title, folder, change)
         return name
+
+    def _weights(self, job: "Job") -> Path:
+        """Folder of the tuned model; JobError where there is none."""
+        from dalle_demo.training.jobs import JobError
+
+        if (folder := self.jobs.weights(job)) is None:
+            raise JobError("not_tuned")
+        return folder
+
+    def _tuned(self, request: gr.Request, job: "Job") -> str:
+        """Name on the shelf of the tuned model; gr.Error where it cannot be used."""
+        try:
+            return self._adopt(job)
+        except (ValueError, OSError) as error:
+            raise _refusal(error, request, self.jobs.run(job)) from error
 
     def _job(self, request: gr.Request, owner: str, name: str) -> "Job":
         """The job that the page shows; gr.Error where it is not this visitor's."""
@@ -344,6 +379,7 @@ class TrainTab:
         start, hint = self._readiness(job, consent, language)
         efforts = [(say(f"effort_{effort}", language), effort) for effort in EFFORTS]
         return {
+            self.base: gr.Dropdown(list(self.shelf.trainable())),  # some may have been pulled since
             self.report: told + report,
             self.prepared: gr.Column(visible=bool(cards)),
             self.captions: cards,
@@ -435,15 +471,21 @@ class TrainTab:
     ) -> Iterator[dict]:
         """Read what was uploaded; the files themselves are deleted."""
         from dalle_demo.data import uploads
+        from dalle_demo.training.jobs import JobError
 
         language, sources = language_of(request), [Path(file) for file in files or []]
-        yield {self.report: _paragraph(say("reading_upload", language)), self.start: gr.Button(interactive=False)}
         try:
+            yield {self.report: _paragraph(say("reading_upload", language)), self.start: gr.Button(interactive=False)}
             job = self._job(request, owner, name) if name else None
             if job is None or job.wish != "draft":
                 job = self.jobs.create(owner)
             self._owners[request.session_hash] = owner
-            uploads.prepare(sources, self.jobs.data(job))
+            with tempfile.TemporaryDirectory(dir=self.jobs.run(job), ignore_cleanup_errors=True) as folder:
+                uploads.prepare(sources, Path(folder, "data"))
+                self.jobs.put_data(job, Path(folder, "data"))
+            self._measured = {key: value for key, value in self._measured.items() if key[0] != job.id}
+        except JobError as error:  # started or deleted meanwhile
+            raise _refusal(error, request) from error
         except (uploads.UploadError, OSError) as error:
             log.info("refused an upload: %s", type(error).__name__)
             failed = _paragraph(say("upload_failed", language, reason=_without_folders(error, sources)), failed=True)
@@ -458,11 +500,15 @@ class TrainTab:
     def save_caption(self, request: gr.Request, owner: str, name: str, event: gr.EventData) -> None:
         """Write a caption that has just been typed."""
         from dalle_demo.data import uploads
+        from dalle_demo.training.jobs import JobError
 
         job, language = self._job(request, owner, name), language_of(request)
         try:
             if job.wish == "draft":  # what is trained on does not change any more
+                self.jobs.touch(job)
                 uploads.save_captions(self.jobs.data(job), {str(event.file): str(event.caption)})
+        except JobError as error:
+            raise _refusal(error, request) from error
         except (uploads.UploadError, OSError) as error:
             raise gr.Error(say("caption_lost", language, reason=_safe(error)), print_exception=False) from error
 
@@ -496,46 +542,56 @@ class TrainTab:
         request: gr.Request,
         owner: str,
         name: str,
+        effort: str,
+        steps: float | None,
         base: str,
         method: str,
         text_encoder: bool,
-        effort: str,
-        steps: float | None,
+        rank: float,
     ) -> Iterator[tuple]:
         """Measure how long training takes here, unless that is known, and show it."""
         job = self._job(request, owner, name) if name else None
         if job is None or job.wish != "draft" or not self._prepared(job):
             yield gr.skip(), gr.skip()
             return
-        key, language = (name, base, method, text_encoder), language_of(request)
+        key, language = self._measurement(job, base, method, text_encoder, rank), language_of(request)
         if key not in self._measured:
             yield gr.skip(), say("measuring", language)
             from dalle_demo.training import finetune
 
             data = self.jobs.data(job)
             try:
+                preset = self.shelf.trainable().get(base, str(base))
                 settings = finetune.FinetuneSettings(
-                    self.shelf.trainable().get(base, str(base)), str(data), method=method, text_encoder=text_encoder
+                    preset, str(data), method=method, text_encoder=text_encoder, rank=int(rank)
                 )
                 self._measured[key] = finetune.probe(settings, data)
             except (ValueError, OSError) as error:
                 yield gr.skip(), say("plan_failed", language, reason=_safe(error))
                 return
-        yield self.show_plan(request, owner, name, base, method, text_encoder, effort, steps)
+        yield self.show_plan(request, owner, name, effort, steps, base, method, text_encoder, rank)
+
+    def _measurement(self, job: "Job", *settings: Any) -> tuple:
+        """What an estimate depends on: the settings, and the pictures."""
+        from dalle_demo.data import uploads
+
+        folder = self.jobs.data(job)
+        return job.id, *settings, uploads.load_report(folder).used, (folder / "report.json").stat().st_mtime_ns
 
     def show_plan(
         self,
         request: gr.Request,
         owner: str,
         name: str,
-        base: str,
-        method: str,
-        text_encoder: bool,
         effort: str,
         steps: float | None,
+        *settings: Any,
     ) -> tuple:
         """Time and memory of each effort, once they are measured."""
-        language, measured = language_of(request), self._measured.get((name, base, method, text_encoder))
+        language, job = language_of(request), self._job(request, owner, name) if name else None
+        if job is None or not self._prepared(job):
+            return gr.skip(), gr.skip()
+        measured = self._measured.get(self._measurement(job, *settings))
         if measured is None:
             return gr.skip(), gr.skip()
         from dalle_demo.training.finetune import EFFORTS as STEPS
@@ -594,7 +650,11 @@ class TrainTab:
 
     def press_resume(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
         """Let the job go on."""
-        return self._changes(request, owner, self.jobs.resume(self._job(request, owner, name)), {}, *looks)
+        try:
+            job = self.jobs.resume(self._job(request, owner, name))
+        except ValueError as error:
+            raise _refusal(error, request) from error
+        return self._changes(request, owner, job, {}, *looks)
 
     def press_stop_training(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
         """End the job."""
@@ -610,9 +670,10 @@ class TrainTab:
     def compare(self, request: gr.Request, owner: str, name: str, prompt: str, strength: float) -> Iterator[tuple]:
         """Draw with the model from before and with the tuned one, from the same seeds."""
         language, job = language_of(request), self._job(request, owner, name)
-        tuned = self._adopt(self.jobs.set_strength(job, float(strength)))
+        tuned = self._tuned(request, self.jobs.set_strength(job, float(strength)))
         preset = self.jobs.settings(job)["base"]
-        base = next((known for known, at in self.shelf.trainable().items() if at == preset), None)
+        drawable = self.shelf.names()
+        base = next((one for one, at in self.shelf.trainable().items() if at == preset and one in drawable), None)
         try:
             yield say("drawing_before", language), gr.Row(visible=True), gr.skip(), gr.skip()
             before = self._draw(base, prompt) if base else []
@@ -634,7 +695,7 @@ class TrainTab:
     def use_in_generate(self, request: gr.Request, owner: str, name: str, strength: float) -> dict:
         """Choose the tuned model in the other tab, and go there."""
         job = self.jobs.set_strength(self._job(request, owner, name), float(strength))
-        entry = self.shelf.find(self._adopt(job))
+        entry = self.shelf.find(self._tuned(request, job))
         return self.models.select(request, entry) | {self.tabs: gr.Tabs(selected="generate")}
 
     def press_rename(self, request: gr.Request, owner: str, name: str, title: str) -> dict:
@@ -649,6 +710,7 @@ class TrainTab:
 
         job, language = self._job(request, owner, name), language_of(request)
         try:
+            self._weights(job)
             self._licensed(job, licence)
             stem = slug(job.title)
             with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
@@ -664,13 +726,17 @@ class TrainTab:
     ) -> tuple:
         """Upload to the visitor's repository; the token is used for that and forgotten."""
         from dalle_demo import repos
+        from dalle_demo.training.jobs import JobError
 
         job, language = self._job(request, owner, name), language_of(request)
         if not repo.strip() or not token.strip():
             return say("need_token", language), gr.skip()
         try:
+            self._weights(job)
             self._licensed(job, licence)
-            address = repos.push(str(self.jobs.weights(job)), repo.strip(), private, token.strip())
+            address = repos.push(str(self._weights(job)), repo.strip(), private, token.strip())
+        except JobError as error:
+            raise _refusal(error, request) from error
         except (ValueError, OSError) as error:
             return say("push_failed", language, reason=_safe(error)), ""
         return say("pushed", language, address=address), ""
@@ -679,7 +745,7 @@ class TrainTab:
         from dalle_demo.training import export
 
         if licence.strip():
-            export.set_licence(self.jobs.weights(job), licence.strip())
+            export.set_licence(self._weights(job), licence.strip())
 
     def press_delete(self, request: gr.Request, owner: str, name: str, consent: bool) -> dict:
         """Leave nothing of the job."""
@@ -689,8 +755,7 @@ class TrainTab:
             if adopted.startswith(f"{job.id}@"):
                 self.shelf.drop(adopted)
         gr.Info(say("deleted", language_of(request)))
-        former = self._view(request, owner, next(iter(self.jobs.of(owner)), None), consent)
-        return former | {self.models.model: gr.Dropdown(self.models.choices(request))}
+        return self._view(request, owner, next(iter(self.jobs.of(owner)), None), consent)
 
 
 def open_jobs() -> "Jobs":
@@ -700,14 +765,16 @@ def open_jobs() -> "Jobs":
     return Jobs()
 
 
-def _refusal(error: Exception, request: gr.Request) -> gr.Error:
-    """What the page says of something that cannot be done."""
+def _refusal(error: Exception, request: gr.Request, run: Path | None = None) -> gr.Error:
+    """What the page says of something that cannot be done, without the folder that a run is in."""
     from dalle_demo.training.jobs import JobError
 
     if isinstance(error, JobError):
         sentence = say(error.key, language_of(request), **error.values)
     else:
         sentence = say("bad_setting", language_of(request), reason=str(error).removeprefix("--"))
+    if run is not None:
+        sentence = sentence.replace(f"{run}{os.sep}", "")
     return gr.Error(_safe(sentence), print_exception=False)
 
 

@@ -67,7 +67,7 @@ def progress_of(state: Any, pace: float | None, has_weights: bool, language: str
         key = "state_waiting_next"
     if state.state == "stopped" and not has_weights:
         key = "state_stopped_empty"
-    reason = say("killed", language) if state.message == "killed" else state.message
+    reason = say(state.message, language) if state.message in ("killed", "not_started") else state.message
     lines = [say(key, language, ahead=state.ahead, reason=reason)]
     figures = []
     if state.steps and state.state != "waiting":
