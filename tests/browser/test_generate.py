@@ -72,6 +72,7 @@ def download(page, index: int, folder: Path) -> Path:
 
 
 def test_empty_prompt_is_named_beside_its_box(page):
+    page.wait_for_timeout(4_000)  # a verdict given while a page is still arriving is not shown by gradio
     page.click("#go")
     expect(page.locator("#prompt")).to_contain_text("Prompt: type what to draw")
     expect(page.locator("#status")).to_contain_text("Not drawn. Prompt: type what to draw")
