@@ -10,7 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dalle_demo.data.pairs import WHITE, render
+from dalle_demo.data.pairs import WHITE, lay, place
 
 PLACES = {  # of each object, as many as are counted: (zoom, right, down), 1 is half a side
     1: ((1.0, 0.0, 0.0),),
@@ -31,19 +31,11 @@ def compose(
     cutouts: Sequence[np.ndarray], places: Sequence[tuple[float, float, float]], colour: tuple[int, int, int] = WHITE
 ) -> np.ndarray:
     """Lay RGBA cut-outs (S, S, 4) at their places on a ground: (S, S, 3) uint8."""
-    canvas = torch.tensor(colour, dtype=torch.float32)[:, None, None]
-    for cutout, place in zip(cutouts, places, strict=True):
-        black, white = (_levels(cutout, place, level) for level in (0, 255))
-        canvas = black + canvas * (white - black) / 255  # what of the ground is seen through it
-    return canvas.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-
-
-def _levels(cutout: np.ndarray, place: tuple[float, float, float], level: int) -> torch.Tensor:
-    """Levels 0..255 (3, S, S) of one cut-out on a gray ground."""
-    zoom, right, down = place
-    ground = torch.full((1, 3), float(level))
-    pixels = render(torch.tensor(cutout)[None], ground, torch.tensor([zoom]), torch.tensor([[right, down]]))
-    return (pixels[0] + 1) * 127.5
+    canvas = torch.tensor(colour, dtype=torch.float32)[None, :, None, None]
+    for cutout, (zoom, right, down) in zip(cutouts, places, strict=True):
+        ink = place(torch.tensor(cutout)[None], torch.tensor([zoom]), torch.tensor([[right, down]]))
+        canvas = lay(ink, canvas)
+    return canvas[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
 def recolour(cutout: np.ndarray, colour: str) -> np.ndarray:

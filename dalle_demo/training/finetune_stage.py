@@ -30,6 +30,7 @@ from dalle_demo.training.loop import Plan, Workers
 from dalle_demo.training.stages import (
     COND_DROP_PROB,
     DalleObjective,
+    dalle_batch,
     digest,
     disturb,
     sample_rng,
@@ -166,12 +167,7 @@ class FinetuneStage:
         return self._batch(captions, np.stack(tokens), np.stack(noisy))
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
-        text_ids = self.base.tokenizer.batch(captions, self.config.text_encoder.length)
-        return {
-            "text_ids": text_ids,
-            "image_tokens": torch.tensor(tokens).long(),
-            "inputs": torch.tensor(inputs).long(),
-        }
+        return dalle_batch(self.base.tokenizer.batch(captions, self.config.text_encoder.length), tokens, inputs)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss in nats a token of pictures as they are: held out from training, and as many that are trained on."""

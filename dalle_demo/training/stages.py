@@ -333,12 +333,7 @@ class DalleStage:
         return caption, tokens, disturb(tokens, self.config.vqgan, rng)
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
-        text_ids = self.tokenizer.batch(captions, self.config.text_encoder.length)
-        return {
-            "text_ids": text_ids,
-            "image_tokens": torch.tensor(tokens).long(),
-            "inputs": torch.tensor(inputs).long(),
-        }
+        return dalle_batch(self.tokenizer.batch(captions, self.config.text_encoder.length), tokens, inputs)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss in nats a token on drawings held out in one style, captioned by style and name; nothing without any."""
@@ -359,6 +354,15 @@ class DalleStage:
             self.text_folder / "tokenizer.json",
             defaults=config.defaults,
         )
+
+
+def dalle_batch(text_ids: Tensor, tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
+    """What DalleObjective takes: caption ids (B, T), tokens to predict and those to predict from, both (B, N)."""
+    return {
+        "text_ids": text_ids,
+        "image_tokens": torch.tensor(tokens).long(),
+        "inputs": torch.tensor(inputs).long(),
+    }
 
 
 def disturb(tokens: np.ndarray, config: VQGANConfig, rng: np.random.Generator) -> np.ndarray:
