@@ -58,7 +58,7 @@ def build(folder: Path, data: pairs.Pairs, packages: Path | None = None) -> dict
     codes, drawings = foreign_drawings(packages)
     plain, moved = (encode(encoder, drawings, seed) for seed in (None, 0))
     features = encode(encoder, data.images)
-    training, held_out = pairs.split(data)
+    training, held_out, _ = pairs.split(data)
     styles = [data.rows[i]["style"] for i in training]
     judge = fit_judge(np.concatenate([plain, moved]), codes * 2, features[training], styles)
     judge.save(folder / "judge.npz")

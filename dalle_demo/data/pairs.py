@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ BACKGROUNDS = {  # name -> (Chinese name, RGB)
 }
 TEMPLATES = ("{}", "{}", "a {}", "a picture of a {}", "an emoji of a {}")
 STYLE_TEMPLATES = ("{style} {name}", "{name}, {style} style", "a {style} {name}")
-HELD_OUT_SHARE = 0.02
+HELD_OUT = Path(__file__).with_name("held_out.json")  # written by benchmarks/split.py
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,21 @@ def load(folder: Path) -> Pairs:
     return Pairs(images, rows, hashlib.sha256(text).hexdigest()[:12])
 
 
-def split(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    """Indices for training and for validation; a drawing's side follows from its emoji and style alone."""
-    keys = [f"{row['hex']}/{row['style']}".encode() for row in pairs.rows]
-    share = np.array([int.from_bytes(hashlib.sha256(key).digest()[:4], "big") / 2**32 for key in keys])
-    return np.flatnonzero(share >= HELD_OUT_SHARE), np.flatnonzero(share < HELD_OUT_SHARE)
+class Split(NamedTuple):
+    """Indices of drawings."""
+
+    training: np.ndarray
+    styles: np.ndarray  # of a concept that training sees in other styles
+    concepts: np.ndarray  # that training does not see at all
+
+
+def split(pairs: Pairs) -> Split:
+    """Sides of all drawings; a drawing's side follows from its emoji and style alone, by a file."""
+    held_out = json.loads(HELD_OUT.read_text())
+    concepts, styles = set(held_out["concepts"]), set(held_out["styles"])
+    unknown = np.array([row["hex"] in concepts for row in pairs.rows], bool)
+    other = np.array([f"{row['hex']}/{row['style']}" in styles for row in pairs.rows], bool)
+    return Split(np.flatnonzero(~unknown & ~other), np.flatnonzero(other & ~unknown), np.flatnonzero(unknown))
 
 
 def caption(row: dict, rng: np.random.Generator) -> str:

@@ -1,8 +1,11 @@
-"""pixels (B, 3, H, W) -> a score per patch (B, 1, h, w), high where a picture looks real."""
+"""pixels or latents -> scores, high where a picture looks real."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dalle_demo.config import GeneratorConfig
+from dalle_demo.models.layers import ResnetBlock
 
 GROUPS, SLOPE = 8, 0.2
 
@@ -26,3 +29,23 @@ class PatchDiscriminator(nn.Module):
         x = F.leaky_relu(self.norm_1(self.down_1(x)), SLOPE)
         x = F.leaky_relu(self.norm_2(self.down_2(x)), SLOPE)
         return self.conv_out(x)
+
+
+class LatentDiscriminator(nn.Module):
+    """Judges latents of whole pictures, and whether they fit an embedding (projection: Miyato & Koyama 2018, eq. 3)."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        width = config.critic_width
+        self.conv_in = nn.Conv2d(config.latent_dim, width, 3, padding=1)
+        self.block_1 = ResnetBlock(width, width)
+        self.down = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
+        self.block_2 = ResnetBlock(2 * width, 2 * width)
+        self.out = nn.Linear(2 * width, 1)
+        self.embed = nn.Linear(config.embed_dim, 2 * width, bias=False)
+
+    def forward(self, latents: Float[Tensor, "B C h w"], embedding: Float[Tensor, "B E"]) -> Float[Tensor, " B"]:
+        """Scores."""
+        x = self.down(F.leaky_relu(self.block_1(self.conv_in(latents)), SLOPE))
+        x = F.leaky_relu(self.block_2(x), SLOPE).mean((2, 3))
+        return self.out(x)[:, 0] + (self.embed(embedding) * x).sum(1)

@@ -11,51 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dalle_demo.config import ImageDecoderConfig, TextEncoderConfig
-
-
-class FeedForward(nn.Module):
-    """Gated linear unit with a norm at either end: W2 LN(GELU(W0 LN x) * W1 LN x)."""
-
-    def __init__(self, width: int, glu_width: int):
-        super().__init__()
-        self.norm_in = nn.LayerNorm(width)
-        self.gate_and_value = nn.Linear(width, 2 * glu_width, bias=False)
-        self.norm_hidden = nn.LayerNorm(glu_width)
-        self.out = nn.Linear(glu_width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        gate, value = self.gate_and_value(self.norm_in(x)).chunk(2, -1)
-        return self.out(self.norm_hidden(F.gelu(gate) * value))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """softmax(Q K^T / sqrt(hd)) V, heads joined again: (B, nh, S, hd) -> (B, S, D)."""
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    """Attention of a sequence to itself, normed before and after (NormFormer)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_in = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.norm_out = nn.LayerNorm(width)
-
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values (3, B, nh, S, hd)."""
-        return self.qkv(self.norm_in(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def join(self, attended: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        return self.norm_out(self.out(attended))
-
-    def forward(self, x: Tensor, **options) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        return self.join(attend(*self.project(x), **options))
+from dalle_demo.models.layers import EncoderLayer, FeedForward, SelfAttention, attend, init_weights
 
 
 class CrossAttention(nn.Module):
@@ -87,20 +43,6 @@ class CrossAttention(nn.Module):
         return self.join(attend(self.project(x), k, v, attn_mask=mask))
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each around a shortcut."""
-
-    def __init__(self, config: TextEncoderConfig):
-        super().__init__()
-        self.self_attention = SelfAttention(config.width, config.heads)
-        self.feed_forward = FeedForward(config.width, config.glu_width)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.self_attention(x, attn_mask=mask)
-        return x + self.feed_forward(x)
-
-
 class TextEncoder(nn.Module):
     """Bidirectional Transformer over the prompt."""
 
@@ -109,7 +51,9 @@ class TextEncoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.embed_positions = nn.Embedding(config.length, config.width)
         self.norm_embedding = nn.LayerNorm(config.width)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.width, config.heads, config.glu_width) for _ in range(config.layers)
+        )
         self.norm_final = nn.LayerNorm(config.width)
         self.apply(init_weights)
 
@@ -217,9 +161,3 @@ class ImageDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer.step(x, cache, i, position)
         return self.lm_head(self.norm_final(x[:, 0]))[: cache.batch]
-
-
-def init_weights(module: nn.Module) -> None:
-    """Normal with a spread of 0.02, as in GPT and BART."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)

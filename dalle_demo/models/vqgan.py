@@ -1,4 +1,4 @@
-"""pixels (B, 3, H, W) in [-1, 1] <-> image tokens (B, N): the discrete autoencoder.
+"""pixels (B, 3, H, W) in [-1, 1] <-> image tokens (B, N): the discrete autoencoder, and its continuous sister.
 
 In the terms of a VAE, encoder q(z|x) and decoder P(x|z) are trained on -log P(x|z) + KL(q, p). Here q puts all its
 mass on one code per position and the prior p is uniform over the K codes, so the KL term is the constant N log K and
@@ -16,35 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_demo.config import VQGANConfig
-
-EPS = 1e-6
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as published, fewer where that would leave under four channels a group."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=EPS)
-
-
-def swish(x: Tensor) -> Tensor:
-    """x sigmoid(x), in place where no gradient needs x: the finest feature maps take the most memory of all."""
-    return F.silu(x, inplace=not x.requires_grad)
-
-
-class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.norm1 = group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C', h, w)."""
-        y = self.norm2(self.conv1(swish(self.norm1(x))))
-        return self.conv2(swish(y)).add_(self.nin_shortcut(x))
+from dalle_demo.models.layers import Downsample, ResnetBlock, group_norm, swish
 
 
 class AttentionBlock(nn.Module):
@@ -78,18 +50,6 @@ class Middle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Downsample(nn.Module):
-    """Halve the side with a strided convolution, padded right and below as in the published weights."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h/2, w/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -294,6 +254,32 @@ class VQGAN(nn.Module):
     def lookup(self, image_tokens: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
         """Tokens -> latents; a few rows of a picture can be looked up, and decoded, alone."""
         return self.quantizer.lookup(image_tokens)
+
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Latents -> pixels, about [-1, 1], not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class VAE(nn.Module):
+    """Encoder q(z|x), a normal distribution, and decoder P(x|z) (Kingma & Welling 2013): VQGAN's, without codes.
+
+    A change of the latents changes the picture a little, which codes do not promise: what a generator needs.
+    """
+
+    LOGVAR = (-8.0, 4.0)  # range of the log variance
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        width = config.channels * config.multipliers[-1]
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(width, 2 * config.latent_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_dim, width, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B C h w"]]:
+        """Mean and log variance of q(z|x)."""
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, 1)
+        return mean, logvar.clamp(*self.LOGVAR)
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Latents -> pixels, about [-1, 1], not clipped."""

@@ -72,6 +72,34 @@ def generator_loss(ours: Tensor) -> Float[Tensor, ""]:
     return -ours.mean()
 
 
+def minimax_loss(real: Tensor, ours: Tensor) -> Float[Tensor, ""]:
+    """V(D, G) = E[log D(x)] + E[log(1 - D(G(z)))] (Goodfellow et al. 2014, equation 1); D is a score's sigmoid.
+
+    The discriminator climbs it and the generator descends it. Not what is trained on here, since its pull on the
+    generator vanishes where the discriminator is sure; the hinge losses above keep theirs.
+    """
+    return F.logsigmoid(real).mean() + F.logsigmoid(-ours).mean()
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Float[Tensor, " B"]:
+    """KL(N(mean, exp logvar) || N(0, 1)) of each row in nats, summed over the rest (Kingma & Welling 2013, app. B)."""
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def contrastive_loss(
+    text: Float[Tensor, "B E"], image: Float[Tensor, "B E"], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE: each text is to find its image among those of the batch, and back (Radford et al. 2021)."""
+    logits = scale * text @ image.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def flow_matching_loss(velocity: Tensor, start: Tensor, end: Tensor) -> Float[Tensor, ""]:
+    """Squared error to the velocity of the straight path from `start` to `end` (Liu et al. 2022, equation 1)."""
+    return F.mse_loss(velocity, end - start)
+
+
 def adaptive_weight(anchor: Tensor, adversary: Tensor, output: Tensor, most: float = 1.0) -> Float[Tensor, ""]:
     """Weight that makes the second loss pull as hard on `output` as the first (Esser et al. 2021, equation 7)."""
     (pull,) = torch.autograd.grad(anchor, output, retain_graph=True)

@@ -81,14 +81,18 @@ class VQGANStage:
 
     def __init__(self, data: Path, config: VQGANConfig, seed: int = 0):
         self.pairs = pairs_data.load(data)
-        self.training, held_out = pairs_data.split(self.pairs)
+        self.training, held_out, _ = pairs_data.split(self.pairs)
         self.config, self.seed = config, seed
         self.made_from = {"--data": self.pairs.fingerprint, "--preset": repr(config), "--seed": str(seed)}
         torch.manual_seed(seed)
-        self.network = VQGANObjective(VQGAN(config))
+        self.network = self.objective()
         every = max(1, len(held_out) // VALIDATION_BATCH)  # spread over all sets, which lie one after another
         chosen = held_out[::every]
         self.held_out = plain_render(self.pairs, chosen, config.image_size) if len(chosen) else ()
+
+    def objective(self) -> nn.Module:
+        """Network to train."""
+        return VQGANObjective(VQGAN(self.config))
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W), and where the perceptual crop lies."""
@@ -124,25 +128,32 @@ class VQGANStage:
         save_parts(folder, {"vqgan": self.config}, {"vqgan": network.vqgan})
 
 
-class VQGANObjective(nn.Module):
-    """-log P(x|z) as a Laplace (L1) term, plus the perceptual distance and the quantizer's own loss."""
+class ReconstructionObjective(nn.Module):
+    """-log P(x|z) as a Laplace (L1) term, plus the perceptual distance."""
 
-    def __init__(self, vqgan: VQGAN):
+    def __init__(self):
         super().__init__()
-        self.vqgan = vqgan
         self._perceptual = (PerceptualLoss(PERCEPTUAL_CROP),)  # in a tuple: no part of checkpoints and averages
-
-    def forward(self, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
-        """Losses of one batch."""
-        ours, _, quantizer = self.vqgan(pixels)
-        losses = self.compare(ours.float(), pixels, top, left)
-        return losses | {"loss": losses["loss"] + quantizer}
 
     def compare(self, ours: Tensor, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
         """Losses of reconstructions."""
         pixel = F.l1_loss(ours, pixels)
         perceptual = self._perceptual[0](ours, pixels, top, left)
         return {"loss": pixel + PERCEPTUAL_WEIGHT * perceptual, "pixel": pixel, "perceptual": perceptual}
+
+
+class VQGANObjective(ReconstructionObjective):
+    """That, plus the quantizer's own loss."""
+
+    def __init__(self, vqgan: VQGAN):
+        super().__init__()
+        self.vqgan = vqgan
+
+    def forward(self, pixels: Tensor, top: int, left: int) -> dict[str, Tensor]:
+        """Losses of one batch."""
+        ours, _, quantizer = self.vqgan(pixels)
+        losses = self.compare(ours.float(), pixels, top, left)
+        return losses | {"loss": losses["loss"] + quantizer}
 
 
 class SharpenStage(VQGANStage):
@@ -181,6 +192,12 @@ class SharpenObjective(VQGANObjective):
         critic = discriminator_loss(self.discriminator(pixels), self.discriminator(ours.detach()))
         loss = losses["loss"] + weight * adversarial + critic
         return losses | {"loss": loss, "adversarial": adversarial, "weight": weight, "discriminator": critic}
+
+
+def weighted(pairs: Pairs, indices: np.ndarray) -> np.ndarray:
+    """Indices, those of LESS_SEEN once and all others four times."""
+    often = [i for i in indices if pairs.rows[i]["group"] not in LESS_SEEN]
+    return np.sort(np.concatenate([indices, *3 * [often]])).astype(np.int64)
 
 
 def plain_render(pairs: Pairs, indices: np.ndarray, size: int) -> Tensor:
@@ -281,9 +298,8 @@ class DalleStage:
         self, data: Path, config: DalleConfig, vqgan: Path, text: Path, out: Path, workers: Workers, seed: int = 0
     ):
         self.pairs = pairs_data.load(data)
-        self.training, self.held_out = pairs_data.split(self.pairs)
-        often = [i for i in self.training if self.pairs.rows[i]["group"] not in LESS_SEEN]
-        self.training = np.sort(np.concatenate([self.training, *3 * [often]]))
+        training, self.held_out, _ = pairs_data.split(self.pairs)
+        self.training = weighted(self.pairs, training)
         self.config, self.seed, self.text_folder = config, seed, text
         for folder, part in ((vqgan, "vqgan"), (text, "text_encoder")):
             if stored_config(folder, part) != getattr(config, part):
