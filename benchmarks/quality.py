@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import judge as judging
 from scenes import PLACES, SIDES, compose, recolour
 
-from dalle_demo import DalleEngine
 from dalle_demo.data import pairs
 from dalle_demo.data.pairs import BACKGROUNDS, WHITE
+from dalle_demo.engines import Engine, engine_for
 from dalle_demo.evaluation import metrics, probes
 from dalle_demo.evaluation.features import SIDE, Encoder
 
@@ -203,12 +203,12 @@ def languages(asked: list[dict]) -> dict[str, np.ndarray]:
     )
 
 
-def draw(engine: DalleEngine, group: dict, quick: bool) -> list[Shown]:
+def draw(engine: Engine, group: dict, quick: bool, **settings) -> list[Shown]:
     """Pictures of all prompts of a group; `copy` marks all but the first of a prompt."""
     shown = []
     for asked in group["prompts"][:: QUICK if quick else 1]:
         n = 1 if quick else group["pictures"]
-        (last,) = engine.generate(engine.params(asked["prompt"], n=n, seed=0), previews=False)
+        (last,) = engine.generate(engine.params(asked["prompt"], n=n, seed=0, **settings), previews=False)
         for number, picture in enumerate(last.images):
             shown.append(Shown(small(picture), asked | {"copy": number > 0}))
     return shown
@@ -245,21 +245,32 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=judging.FOLDER, help="folder written by judge.py")
     parser.add_argument("--rows", nargs="+", choices=list(prompts), default=list(prompts), help="groups of prompts")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th prompt, one picture each; says so")
-    parser.add_argument("--out", type=Path, help="JSON; results/quality-PRESET.json unless --quick or --rows is given")
+    parser.add_argument("--candidates", type=int, help="draw so many for each prompt, and measure those CLIP prefers")
+    parser.add_argument(
+        "--out", type=Path, help="JSON; results/quality-PRESET.json unless --quick, --rows or --candidates is given"
+    )
     options = parser.parse_args()
     data = pairs.load(options.data)
     check_held_out(data, prompts["held_out"]["prompts"])
     bench = Bench(data, judging.load(options.judge, data))
-    engine, start, figures = DalleEngine.load(options.preset), time.monotonic(), []
+    engine, start, figures = engine_for(options.preset).load(options.preset), time.monotonic(), []
+    settings = {"candidates": options.candidates} if options.candidates else {}
     for group in options.rows:
-        figures += bench.figures(group, draw(engine, prompts[group], options.quick))
-    title = f"{engine.name}, {'QUICK: a fifth of the prompts; ' if options.quick else ''}data set {data.fingerprint}"
+        figures += bench.figures(group, draw(engine, prompts[group], options.quick, **settings))
+    added = f"best of {options.candidates} for CLIP; " if settings else ""
+    left_out = "QUICK: a fifth of the prompts; " if options.quick else ""
+    title = f"{engine.name}, {added}{left_out}data set {data.fingerprint}"
     print(table(figures, title))
-    whole = not options.quick and len(options.rows) == len(prompts)
+    whole = not options.quick and not settings and len(options.rows) == len(prompts)
     out = options.out or (HERE / "results" / f"quality-{engine.name}.json" if whole else None)
     if out:
         lines = [vars(figure) for figure in figures]
-        about = {**engine.origin, "settings": engine.config.defaults, "data": data.fingerprint, "quick": options.quick}
+        about = {
+            **engine.origin,
+            "settings": engine.config.defaults | settings,
+            "data": data.fingerprint,
+            "quick": options.quick,
+        }
         seconds = round(time.monotonic() - start)
         out.write_text(json.dumps({**about, "seconds": seconds, "figures": lines}, indent=1) + "\n")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_demo.data import pairs
-from dalle_demo.data.pairs import BACKGROUNDS, Pairs, all_captions, caption, load, render, split
+from dalle_demo.data.pairs import BACKGROUNDS, HELD_OUT, Pairs, all_captions, caption, load, render, split
 
 ROW = {
     "hex": "1F34E",
@@ -76,18 +76,34 @@ def of_rows(rows: list[dict]) -> Pairs:
     return Pairs(np.zeros((len(rows), 4, 4, 4), np.uint8), rows, "")
 
 
+HELD_OUT_LISTS = json.loads(HELD_OUT.read_text())
+
+
 def test_split_follows_from_emoji_and_style_alone():
-    rows = [ROW | {"hex": f"{code:X}", "style": style} for code in range(0x1F300, 0x1F500) for style in ("flat", "3d")]
+    held_out = [*HELD_OUT_LISTS["concepts"], *(key.split("/")[0] for key in HELD_OUT_LISTS["styles"])]
+    codes = [*dict.fromkeys(held_out), *(f"{code:X}" for code in range(0x1F300, 0x1F400))]
+    rows = [ROW | {"hex": code, "style": style} for code in codes for style in ("flat", "3d", "minimal")]
     sides = {}
     for order in (rows, rows[::-1], rows[100:], [row | {"name": "other", "group": "x"} for row in rows]):
-        training, held_out = split(of_rows(order))
-        assert sorted([*training, *held_out]) == list(range(len(order)))
-        assert 0.005 < len(held_out) / len(order) < 0.04
-        for side, indices in (("training", training), ("held out", held_out)):
+        found = split(of_rows(order))
+        assert sorted(np.concatenate(found)) == list(range(len(order)))
+        for side, indices in found._asdict().items():
             for i in indices:
                 key = order[i]["hex"], order[i]["style"]
                 assert sides.setdefault(key, side) == side
-    assert len({sides[key] for key in sides}) == 2
+    assert set(sides.values()) == {"training", "styles", "concepts"}
+
+
+def test_a_held_out_concept_leaves_in_all_its_styles():
+    rows = [ROW | {"hex": code, "style": style} for code in HELD_OUT_LISTS["concepts"] for style in ("flat", "new")]
+    assert len(split(of_rows(rows)).concepts) == len(rows) > 0
+
+
+def test_a_concept_held_out_in_one_style_is_seen_in_others():
+    codes = {key.split("/")[0] for key in HELD_OUT_LISTS["styles"]}
+    assert codes and not codes & set(HELD_OUT_LISTS["concepts"])
+    rows = [ROW | {"hex": code, "style": "never heard of"} for code in codes]
+    assert len(split(of_rows(rows)).training) == len(rows)
 
 
 def test_all_captions_are_distinct_and_mean_english():

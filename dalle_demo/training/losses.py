@@ -72,6 +72,15 @@ def generator_loss(ours: Tensor) -> Float[Tensor, ""]:
     return -ours.mean()
 
 
+def gradient_penalty(scores: Float[Tensor, " B"], real: Tensor) -> Float[Tensor, ""]:
+    """R1: squared gradient of the scores of real pictures to them, which keeps a discriminator from being steep.
+
+    Mescheder et al. 2018, equation 9, without its factor. `real` must have required a gradient before it was scored.
+    """
+    (slope,) = torch.autograd.grad(scores.sum(), real, create_graph=True)
+    return slope.flatten(1).pow(2).sum(1).mean()
+
+
 def minimax_loss(real: Tensor, ours: Tensor) -> Float[Tensor, ""]:
     """V(D, G) = E[log D(x)] + E[log(1 - D(G(z)))] (Goodfellow et al. 2014, equation 1); D is a score's sigmoid.
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dalle_demo.checkpoints import load_part, load_tokenizer, save_parts, stored_config, stored_hash
 from dalle_demo.config import UnclipConfig, VQGANConfig
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.pairs import WHITE, Pairs
@@ -33,6 +34,7 @@ from dalle_demo.training.losses import (
     discriminator_loss,
     flow_matching_loss,
     generator_loss,
+    gradient_penalty,
     kl_divergence,
 )
 from dalle_demo.training.stages import (
@@ -49,7 +51,6 @@ from dalle_demo.training.stages import (
     shuffled,
     weighted,
 )
-from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_config, stored_hash
 
 VAE_KL_WEIGHT = 1e-3  # of the mean over latents, beside the mean over pixels
 ZOOM, SHIFT = (0.75, 1.05), 0.1  # of drawings that are moved; a shift of 1 is half a side
@@ -57,8 +58,12 @@ MOVED_SHARE = 0.5  # of drawings; the others are seen as they are
 VIEWS = 4  # of each drawing that prior and generator see, made once: as it is, moved, and two scenes
 NOISE_KL_WEIGHT = 1e-3  # of the sum over the noise's dimensions, beside the mean over latents
 ADVERSARIAL_WEIGHT = 0.3  # of the discriminator's pull, where the reconstruction's is 1
+# Samples before the discriminator comes in: until the generator has learned shapes it wins at once and teaches nothing
+ADVERSARIAL_FROM = 40_000
+GRADIENT_PENALTY = 5.0
 EMBEDDING_WEIGHT = 0.2  # of the distance to CLIP's embedding of the real picture
-DECODED_SHARE = 0.25  # of drawn samples that are decoded for it
+DRAWN_SHARE = 0.5  # of a batch for which a picture is drawn freely, beside the rebuilt ones
+DECODED_SHARE = 0.25  # of those that are decoded, to compare embeddings
 EMBEDDING_NOISE = 0.15  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
 CROWD = 4  # samples of one embedding whose distances are watched
 
@@ -397,7 +402,8 @@ class UnclipStage:
         size = torch.tensor([rng.uniform(0, EMBEDDING_NOISE) for rng in rngs], dtype=torch.float32)[:, None]
         near = F.normalize(embeddings + size * torch.from_numpy(error) / embeddings.shape[1] ** 0.5, dim=-1)
         latents = torch.from_numpy(self.latents[rows, numbers]).float()
-        return {"latents": latents, "embedding": near, "noise": noise[:, 0], "posterior": noise[:, 1]}
+        given = {"latents": latents, "embedding": near, "noise": noise[:, 0], "posterior": noise[:, 1]}
+        return given | {"contested": samples.start >= ADVERSARIAL_FROM}
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """On held-out pictures: what the noise encoder and generator make of them, fit and variety of free samples."""
@@ -432,8 +438,8 @@ class UnclipStage:
 class UnclipObjective(nn.Module):
     """A conditional VAE whose decoder is a GAN's generator (Bao et al. 2017, CVAE-GAN).
 
-    Reconstruction from the noise that the noise encoder finds, KL of that noise to a normal distribution, the hinge
-    loss of pictures drawn freely, and CLIP's embedding of those beside the one asked for.
+    Reconstruction from the noise that the noise encoder finds, KL of that noise to a normal distribution, CLIP's
+    embedding of pictures drawn freely beside the one asked for, and later the hinge loss of those pictures.
     """
 
     def __init__(self, config: UnclipConfig, vae: VAE, clip: CLIP):
@@ -444,24 +450,33 @@ class UnclipObjective(nn.Module):
         self._fixed = (vae, clip)  # in a tuple: no part of checkpoints and averages
         self._size = config.clip.image_size
 
-    def forward(self, latents: Tensor, embedding: Tensor, noise: Tensor, posterior: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, latents: Tensor, embedding: Tensor, noise: Tensor, posterior: Tensor, contested: bool
+    ) -> dict[str, Tensor]:
         """Losses of one batch; one backward pass serves both players, each of whom sees the other as it is."""
         mean, logvar = self.noise_encoder(latents, embedding)
         found = mean + torch.exp(logvar / 2) * posterior
-        both = self.generator(torch.cat([found, noise]), torch.cat([embedding, embedding]))
-        rebuilt, drawn = both.chunk(2)
+        few = max(1, round(DRAWN_SHARE * len(latents)))
+        asked = embedding[:few]
+        both = self.generator(torch.cat([found, noise[:few]]), torch.cat([embedding, asked]))
+        rebuilt, drawn = both.split([len(latents), few])
         reconstruction = F.l1_loss(rebuilt, latents)
         kl = kl_divergence(mean, logvar).mean()
+        distance = self._distance(drawn, asked)
+        losses = {"reconstruction": reconstruction, "kl": kl, "embedding": distance}
+        loss = reconstruction + NOISE_KL_WEIGHT * kl + EMBEDDING_WEIGHT * distance
+        if not contested:  # the discriminator takes part with nothing, since all processes must use all weights
+            return losses | {"loss": loss + 0 * self.discriminator(latents[:1], embedding[:1]).sum()}
         judge = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        adversarial = generator_loss(functional_call(self.discriminator, judge, (drawn, embedding)))
+        adversarial = generator_loss(functional_call(self.discriminator, judge, (drawn, asked)))
         weight = ADVERSARIAL_WEIGHT * adaptive_weight(reconstruction, adversarial, both)
-        distance = self._distance(drawn, embedding)
-        critic = discriminator_loss(
-            self.discriminator(latents, embedding), self.discriminator(drawn.detach(), embedding)
-        )
-        loss = reconstruction + NOISE_KL_WEIGHT * kl + weight * adversarial + EMBEDDING_WEIGHT * distance + critic
-        named = {"reconstruction": reconstruction, "kl": kl, "adversarial": adversarial, "discriminator": critic}
-        return {"loss": loss, **named, "embedding": distance, "weight": weight}
+        real = latents.requires_grad_()
+        scores = self.discriminator(real, embedding)
+        critic = discriminator_loss(scores, self.discriminator(drawn.detach(), asked))
+        penalty = gradient_penalty(scores, real)
+        loss = loss + weight * adversarial + critic + GRADIENT_PENALTY * penalty
+        named = {"adversarial": adversarial, "weight": weight, "discriminator": critic, "penalty": penalty}
+        return losses | named | {"loss": loss}
 
     def _distance(self, latents: Tensor, embedding: Tensor) -> Tensor:
         """One minus the cosine between CLIP's embeddings of some of these pictures and those asked for."""
