@@ -30,6 +30,7 @@ from dalle_demo.evaluation.features import PARTS, Encoder
 from dalle_demo.images import from_pil, grid, to_pil
 from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
+from dalle_demo.training.stages import plain_render
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, SEED = 4, 1  # a prompt
@@ -127,7 +128,9 @@ def measure(
     examples = uploads.load(data)
     sides = uploads.split(examples, FinetuneSettings.read(out / "run").seed)
     training, held_out = ([examples[i] for i in side] for side in sides)
-    known, targets = (features(pictures_of(data, side, base.config.vqgan.image_size)) for side in (training, held_out))
+    known, targets = (
+        features(uploads.pixels(data, side, base.config.vqgan.image_size)) for side in (training, held_out)
+    )
     tuned = DalleEngine.load(str(out / "run" / "weights"))
     prompts = [example.caption for example in training]
     before, after = draw(base, prompts), draw(tuned, prompts)
@@ -187,11 +190,6 @@ def save_sheet(path: Path, before: dict[str, Tensor], after: dict[str, Tensor]) 
     grid(rows, 2 * SAMPLES).save(path)
 
 
-def pictures_of(folder: Path, examples: list, size: int) -> Tensor:
-    """Pictures of a prepared folder."""
-    return uploads.pixels(folder, examples, size).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def distance(samples: Tensor, targets: Tensor) -> float:
     """Mean cosine distance of all pairs."""
     return 1 - (samples @ targets.T).mean().item()
@@ -205,8 +203,7 @@ def unrelated_references(folder: Path, features: Features) -> dict[str, Tensor]:
         rows = np.array([i for i, row in enumerate(data.rows) if row["name"] == name])
         if not len(rows):
             raise ValueError(f"{folder} has no drawing of {name!r}")
-        white, count = torch.full((len(rows), 3), 255.0), len(rows)
-        pixels = pairs.render(data.pictures(rows), white, torch.ones(count), torch.zeros(count, 2))
+        pixels = plain_render(data, rows, data.images.shape[1])
         references[name] = F.normalize(features(pixels).mean(0), dim=0)
     return references
 

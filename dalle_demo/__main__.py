@@ -4,18 +4,48 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dalle_demo.config import PRESETS, SOURCES, GenerateParams, ParamError, is_whole, short
+from dalle_demo.config import (
+    PRESETS,
+    SOURCES,
+    UNCLIP_PRESETS,
+    DalleConfig,
+    GenerateParams,
+    ParamError,
+    Params,
+    UnclipConfig,
+    UnclipParams,
+    is_whole,
+    short,
+)
 
 if TYPE_CHECKING:
-    from dalle_demo.engines import DalleEngine
+    from dalle_demo.engines import Engine
 
-LEARNING_RATES = {"vqgan": 6e-4, "sharpen": 1e-4, "text": 1e-3, "dalle": 1e-3}
-BATCHES = {"vqgan": 16, "sharpen": 16, "text": 256, "dalle": 32}
+KINDS = {"DALL-E": (GenerateParams, PRESETS), "DALL-E 2": (UnclipParams, UNCLIP_PRESETS)}  # of models
+
+LEARNING_RATES = {
+    "vqgan": 6e-4, "sharpen": 1e-4, "text": 1e-3, "dalle": 1e-3, "vae": 4e-4, "clip": 1e-3, "prior": 1e-3,
+    "unclip": 1e-3,
+}  # fmt: skip
+BATCHES = {
+    "vqgan": 16, "sharpen": 16, "text": 256, "dalle": 32, "vae": 16, "clip": 256, "prior": 512, "unclip": 256,
+}  # fmt: skip
+NEEDED = {  # flag -> stages that begin from what another stage has trained
+    "vqgan": ("sharpen", "dalle", "vae"), "text": ("dalle", "clip"), "clip": ("prior", "unclip"), "vae": ("unclip",),
+}  # fmt: skip
+ASSEMBLED = {
+    "prior": "weights folder of the stage prior",
+    "unclip": "weights folder of the stage unclip",
+    "clip": "weights folder of a CLIP, under the name by which it will be found: in weights/, or beside --out",
+    "out": "folder to write",
+}
+ADVERSARIAL_STAGES = ("sharpen", "unclip")  # whose two players swing with much momentum
+UNCLIP_STAGES = ("vae", "clip", "prior", "unclip")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
-    """python -m dalle_demo generate PROMPT --out DIR; a flag for every field of GenerateParams."""
+    """python -m dalle_demo generate PROMPT --out DIR; a flag for every setting of either engine."""
     command.add_argument("prompt", nargs="?", help='what to draw, such as "a red apple"')
     command.add_argument("--prompts", help="file with a prompt a line instead, - for standard input")
     again = "draw a picture or grid made here once more, from its own settings, which other flags override"
@@ -58,17 +88,33 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda or mps (default: a graphics card if there is one)")
     command.add_argument("--format", help="of weights: float32, float16 or bfloat16 (default: what is fastest here)")
     command.add_argument("--grid", action="store_true", help="write one more file with all pictures of a prompt")
-    for spec in dataclasses.fields(GenerateParams):
-        if spec.name != "prompt":
-            kind = int if is_whole(spec) else float
-            flag = "--" + spec.name.replace("_", "-")
-            command.add_argument(flag, type=kind, help=setting_help(spec).replace("%", "%%"))
+    for name, spec in (settings_of(GenerateParams) | settings_of(UnclipParams)).items():
+        kind = int if is_whole(spec) else float
+        command.add_argument(flag(name), type=kind, help=flag_help(name).replace("%", "%%"))
     command.set_defaults(run=run_generate)
 
 
-def setting_help(spec: dataclasses.Field) -> str:
+def settings_of(request: type[Params]) -> dict[str, dataclasses.Field]:
+    """Fields of a kind of request that have a flag, by name."""
+    return {spec.name: spec for spec in dataclasses.fields(request) if spec.name != "prompt"}
+
+
+def flag(name: str) -> str:
+    """Flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def flag_help(name: str) -> str:
+    """What a setting does; where it is another one for the other engine, what it does there."""
+    specs = {kind: settings_of(request).get(name) for kind, (request, _) in KINDS.items()}
+    if specs["DALL-E"] is specs["DALL-E 2"]:
+        return setting_help(specs["DALL-E"], PRESETS | UNCLIP_PRESETS)
+    return " ".join(f"{kind}: {setting_help(spec, KINDS[kind][1])}" for kind, spec in specs.items() if spec)
+
+
+def setting_help(spec: dataclasses.Field, presets: Mapping[str, DalleConfig | UnclipConfig]) -> str:
     """What a setting does, its range and its defaults, of which presets have their own."""
-    values = {name: config.defaults.get(spec.name, spec.default) for name, config in PRESETS.items()}
+    values = {name: config.defaults.get(spec.name, spec.default) for name, config in presets.items()}
     own = [f", {name} {short(value)}" for name, value in values.items() if value != spec.default]
     default = "random" if spec.default is None else short(spec.default)
     low, high = short(spec.metadata["low"]), short(spec.metadata["high"])
@@ -77,26 +123,12 @@ def setting_help(spec: dataclasses.Field) -> str:
 
 def run_generate(options: argparse.Namespace) -> int:
     """Draw every prompt with one loaded model; a prompt that cannot be drawn is reported and passed over."""
-    from dalle_demo import images
-    from dalle_demo.engines import DalleEngine
-
     if sum(given is not None for given in (options.prompt, options.prompts, options.again)) != 1:
         raise ValueError("give one of: a prompt, --prompts FILE, --again PNG")
-    names = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.again is not None and (options.device or options.format):
-        raise ValueError("--again takes device and format from the picture; leave --device and --format out")
     check_paths(options)
-    if options.again is None:
-        engine = DalleEngine.load(options.preset or "nano", form=options.format, device=options.device)
-    else:
-        request, origin = images.read_request(options.again)
-        if strange := request.keys() - {"prompt", *names}:
-            raise ValueError(f"{options.again} has settings that this version lacks: {', '.join(sorted(strange))}")
-        options.grid |= request.get("n", 1) != 1  # a picture of its own is the only one of its request
-        settings = request | settings
-        options.prompt = settings.pop("prompt")
-        engine = DalleEngine.like(origin, options.preset)
+    names = settings_of(GenerateParams) | settings_of(UnclipParams)
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    engine, settings = open_engine(options, given) if options.again is None else open_again(options, given)
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for line, prompt in read_prompts(options):
@@ -110,6 +142,44 @@ def run_generate(options: argparse.Namespace) -> int:
             if notice := engine.left_out(prompt):
                 print(f"{where}{notice}", file=sys.stderr)
     return 2 if failures else 0
+
+
+def open_engine(options: argparse.Namespace, given: dict[str, float]) -> "tuple[Engine, dict[str, float]]":
+    """Engine of the preset, and the settings given, all of which it must have."""
+    from dalle_demo.engines import DalleEngine, engine_for
+
+    preset = options.preset or "nano"
+    kind = engine_for(preset)
+    refuse_strange(given, kind.request, preset)
+    if kind is DalleEngine:
+        return kind.load(preset, form=options.format, device=options.device), given
+    if options.device or options.format:
+        raise ValueError(f"{preset} draws on the processor and in float32: leave --device and --format out")
+    return kind.load(preset), given
+
+
+def open_again(options: argparse.Namespace, given: dict[str, float]) -> "tuple[Engine, dict[str, float]]":
+    """Engine that drew the picture of --again, and its settings, with those given in their place."""
+    from dalle_demo import images
+    from dalle_demo.engines import engine_of
+
+    if options.device or options.format:
+        raise ValueError("--again takes device and format from the picture; leave --device and --format out")
+    settings, origin = images.read_request(options.again)
+    options.prompt = settings.pop("prompt")
+    options.grid |= settings.get("n", 1) != 1  # a picture of its own is the only one of its request
+    kind = engine_of(origin)
+    if strange := settings.keys() - settings_of(kind.request):
+        raise ValueError(f"{options.again} has settings that this version lacks: {', '.join(sorted(strange))}")
+    refuse_strange(given, kind.request, str(origin.get("model")))
+    return kind.like(origin, options.preset), settings | given
+
+
+def refuse_strange(given: Iterable[str], request: type[Params], model: str) -> None:
+    """Raise ValueError for settings that only models of the other kind have."""
+    has = settings_of(request)
+    if strange := [flag(name) for name in given if name not in has]:
+        raise ValueError(f"{model} has no {' and no '.join(strange)}; it has {', '.join(map(flag, has))}")
 
 
 def check_paths(options: argparse.Namespace) -> None:
@@ -131,18 +201,19 @@ def read_prompts(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
                 yield number, line.strip()
 
 
-def draw(engine: "DalleEngine", line: int, params: GenerateParams, out: Path, with_grid: bool) -> None:
+def draw(engine: "Engine", line: int, params: Params, out: Path, with_grid: bool) -> None:
     """Draw one prompt and write its pictures, named by line number, prompt and seed."""
     from dalle_demo import images
 
+    params = params.seeded()
     (last,) = engine.generate(params, previews=False)
     stem = out / f"{line:03d}-{images.slug(params.prompt)}"
-    request = dataclasses.asdict(params) | {"seed": last.seeds[0]}
-    for path in images.save_each(last.images, last.seeds, request, engine.origin, stem):
-        print(path)
+    paths = images.save_each(last.images, last.seeds, params.alone(), engine.origin, stem)
+    for path, score in zip(paths, last.scores or [None] * len(paths), strict=True):
+        print(path if score is None else f"{path}  {score:.2f}")
     if with_grid:
-        path = stem.with_name(f"{stem.name}-{last.seeds[0]}-grid.png")
-        print(images.save_png(images.grid(last.images), path, request, engine.origin))
+        path = stem.with_name(f"{stem.name}-{params.seed}-grid.png")
+        print(images.save_png(images.grid(last.images), path, dataclasses.asdict(params), engine.origin))
 
 
 def add_data(command: argparse.ArgumentParser) -> None:
@@ -169,14 +240,14 @@ def add_train(command: argparse.ArgumentParser) -> None:
 
 
 def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
-    """python -m dalle_demo train vqgan, sharpen, text or dalle."""
+    """python -m dalle_demo train vqgan, sharpen, text, dalle, vae, clip, prior or unclip."""
     command.add_argument("--data", type=Path, required=True, help="data set folder")
     command.add_argument("--out", type=Path, required=True, help="run folder: checkpoint, log and weights")
-    if stage in ("sharpen", "dalle"):
-        command.add_argument("--vqgan", type=Path, required=True, help="weights folder of a vqgan or sharpen run")
-    if stage == "dalle":
-        command.add_argument("--text", type=Path, required=True, help="weights folder of a text run")
-    command.add_argument("--preset", default="nano", help="sizes of the model")
+    for name, stages in NEEDED.items():
+        if stage in stages:
+            command.add_argument(f"--{name}", type=Path, required=True, help=f"weights folder with a {name}")
+    default = "unclip-nano" if stage in UNCLIP_STAGES else "nano"
+    command.add_argument("--preset", default=default, help="sizes of the model (default: %(default)s)")
     command.add_argument("--minutes", type=float, help="train for this long")
     command.add_argument("--steps", type=int, help="train for this many steps, which can be repeated exactly")
     command.add_argument("--batch", type=int, help="pictures a step, over all processes")
@@ -190,11 +261,12 @@ def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage."""
-    from dalle_demo.training import loop, stages
+    from dalle_demo.training import loop, stages, unclip_stages
 
-    if options.preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}")
-    if not PRESETS[options.preset].vqgan.encoder:
+    presets = UNCLIP_PRESETS if options.stage in UNCLIP_STAGES else PRESETS
+    if options.preset not in presets:
+        raise ValueError(f"--preset must be one of {', '.join(presets)}")
+    if presets is PRESETS and not PRESETS[options.preset].vqgan.encoder:
         able = ", ".join(name for name, config in PRESETS.items() if config.vqgan.encoder)
         raise ValueError(f"{options.preset} cannot be trained, its VQGAN has no encoder for pictures: choose {able}")
     plan = loop.Plan(
@@ -202,16 +274,24 @@ def run_train(options: argparse.Namespace) -> None:
         learning_rate=LEARNING_RATES[options.stage] if options.learning_rate is None else options.learning_rate,
         steps=options.steps,
         minutes=options.minutes,
-        betas=(0.5, 0.9) if options.stage == "sharpen" else loop.Plan.betas,  # two players swing with much momentum
+        betas=(0.5, 0.9)
+        if options.stage in ("sharpen", "unclip")
+        else loop.Plan.betas,  # two players swing with much momentum
         precision=options.precision,
         checkpoint_minutes=options.checkpoint_minutes,
     )
-    config, data, out, seed = PRESETS[options.preset], options.data, options.out, options.seed
+    config, data, out, seed = presets[options.preset], options.data, options.out, options.seed
     make_stage = {
         "vqgan": lambda workers: stages.VQGANStage(data, config.vqgan, seed),
         "sharpen": lambda workers: stages.SharpenStage(data, config.vqgan, options.vqgan, seed),
         "text": lambda workers: stages.TextStage(data, config.text_encoder, out, workers, seed),
         "dalle": lambda workers: stages.DalleStage(data, config, options.vqgan, options.text, out, workers, seed),
+        "vae": lambda workers: unclip_stages.VAEStage(data, config.vae, options.vqgan, seed),
+        "clip": lambda workers: unclip_stages.CLIPStage(data, config, options.text, seed),
+        "prior": lambda workers: unclip_stages.PriorStage(data, config, options.clip, out, workers, seed),
+        "unclip": lambda workers: unclip_stages.UnclipStage(
+            data, config, options.clip, options.vae, out, workers, seed
+        ),
     }
     loop.train(make_stage[options.stage], plan, out, options.resume)
 
@@ -236,6 +316,8 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
 
 def run_finetune(options: argparse.Namespace) -> None:
     """Fine-tune, or only say what that would take."""
+    if options.estimate:
+        print("measuring three steps, which takes up to a minute", file=sys.stderr, flush=True)
     from dalle_demo.training import finetune
 
     names = [spec.name for spec in dataclasses.fields(finetune.FinetuneSettings)]
@@ -252,7 +334,7 @@ def run_finetune(options: argparse.Namespace) -> None:
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
-    """python -m dalle_demo weights list, pull, convert, push."""
+    """python -m dalle_demo weights list, pull, convert, assemble, push."""
     actions = command.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="what is here, and what it takes to get the rest")
     listing.add_argument("--check", action="store_true", help="ask the Hub whether what was fetched has moved on")
@@ -268,6 +350,11 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     convert.add_argument("--preset", required=True, help="sizes of the model, such as mini")
     convert.add_argument("--out", type=Path, required=True, help="folder to write")
     convert.set_defaults(run=run_convert)
+    assemble = actions.add_parser("assemble", help="put the parts of a DALL-E 2 model into one folder")
+    for name, what in ASSEMBLED.items():
+        assemble.add_argument(f"--{name}", type=Path, required=True, help=what)
+    assemble.add_argument("--preset", default="unclip-nano", help="whose settings it is served with")
+    assemble.set_defaults(run=run_assemble)
     push = actions.add_parser("push", help="upload weights with their model card")
     push.add_argument("folder", help="folder of weights, or preset")
     push.add_argument("--to", required=True, metavar="USER/NAME", help="repository; made if there is none")
@@ -282,9 +369,10 @@ def run_list(options: argparse.Namespace) -> None:
     entries = repos.listing()
     for entry in entries:
         size = f"{entry.size / 1e9:.2f} GB" if entry.size >= 1e7 else f"{entry.size / 1e6:.2f} MB"
-        size = size if entry.size else "unknown"
+        size = size if entry.size else "?"
         command = f"python -m dalle_demo weights pull {entry.name}"
-        state = entry.folder or f"not here: {command if repos.can_pull(entry.name) else 'only a checkout has it'}"
+        advice = command if entry.size else f"{command} (size not known before download)"
+        state = entry.folder or f"not here: {advice if repos.can_pull(entry.name) else 'only a checkout has it'}"
         origin = entry.repo or "part of this checkout"
         commit = f" {entry.commit[:12]}" if entry.commit else ""
         print(f"{entry.name:12} {size:>8}  {entry.licence:15} {origin}{commit}  {state}")
@@ -374,6 +462,17 @@ def run_convert(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise ValueError(f"{options.out} is there already: name a new folder")
     repos.convert_folder(options.folder, options.form, options.preset, options.out)
+    print(options.out)
+
+
+def run_assemble(options: argparse.Namespace) -> None:
+    """Write the folder of a DALL-E 2 model."""
+    from dalle_demo.weights import assemble_unclip
+
+    if options.preset not in UNCLIP_PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(UNCLIP_PRESETS)}")
+    defaults = UNCLIP_PRESETS[options.preset].defaults
+    assemble_unclip(options.prior, options.unclip, options.clip, options.out, defaults)
     print(options.out)
 
 

@@ -1,12 +1,13 @@
 """preset names and request settings -> checked values: every size of every model, every setting of a request.
 
 A model is described by one frozen dataclass; `nano`, `mini` and `mega` are three values of the same classes. The
-fields of `GenerateParams` carry their label, help and range, from which the page's sliders and the command line's
-flags are made, so a setting cannot exist in one place only.
+fields of `GenerateParams` and `UnclipParams` carry their label, help and range, from which the page's sliders and the
+command line's flags are made, so a setting cannot exist in one place only.
 """
 
 import dataclasses
 import math
+import random
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,10 +27,11 @@ class VQGANConfig:
     blocks: int  # residual blocks per level of the encoder; the decoder has one more
     attention: tuple[int, ...] = ()  # sides of the feature maps that get attention after each block
     patch: int = 1
-    quantizer: Literal["fsq", "vq"] = "vq"
+    quantizer: Literal["fsq", "vq", "kl"] = "vq"  # kl: no codes but a normal distribution, see models/vqgan.VAE
     levels: tuple[int, ...] = ()  # fsq only: values per dimension
     vq_size: int = 0  # vq only: entries of the codebook
     vq_dim: int = 0  # vq only: their width
+    latent_dim: int = 0  # kl only: width of the latents
     encoder: bool = True  # without one, tokens become pixels and nothing else
     from_zero: bool = False  # the encoder was trained on pixels in [0, 1], which no change of weights undoes at borders
 
@@ -56,7 +58,7 @@ class VQGANConfig:
     @property
     def codebook_dim(self) -> int:
         """Width of a code, C."""
-        return len(self.levels) if self.quantizer == "fsq" else self.vq_dim
+        return {"fsq": len(self.levels), "vq": self.vq_dim, "kl": self.latent_dim}[self.quantizer]
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,63 @@ class DalleConfig:
     defaults: dict[str, float] = field(default_factory=dict)  # of GenerateParams, chosen for this model
 
 
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of the image tower, and of the space where it meets the text encoder."""
+
+    image_size: int
+    patch: int  # pixels a side that are folded into channels first
+    widths: tuple[int, ...]  # channels of each level, fine to coarse
+    text_width: int
+    embed_dim: int
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Sizes of the residual MLP that turns noise into an image embedding."""
+
+    embed_dim: int
+    width: int
+    blocks: int
+    steps: int  # of the sampler
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Sizes of the generator, the discriminator and the noise encoder, which are trained together."""
+
+    embed_dim: int
+    noise_dim: int
+    latent_dim: int
+    grid: int  # positions per side of the latents
+    width: int
+    blocks: int
+    channels: int  # of the grid that the blocks' output is spread over; twice as many after the first convolutions
+    critic_width: int  # channels of discriminator and noise encoder
+
+
+@dataclass(frozen=True)
+class UnclipConfig:
+    """One DALL-E 2 model: its CLIP, its own parts and the settings it is served with."""
+
+    text_encoder: TextEncoderConfig
+    clip: CLIPConfig
+    vae: VQGANConfig
+    prior: PriorConfig
+    generator: GeneratorConfig
+    defaults: dict[str, float] = field(default_factory=dict)  # of UnclipParams
+
+
+_NANO_TEXT = TextEncoderConfig(vocab_size=8192, length=32, width=256, layers=4, heads=4, glu_width=512)
+
+
 def _nano() -> DalleConfig:
     vqgan = VQGANConfig(
         image_size=128, patch=4, channels=32, multipliers=(1, 2, 4), blocks=1, quantizer="fsq", levels=(8, 8, 6, 5)
     )
     return DalleConfig(
         vqgan=vqgan,
-        text_encoder=TextEncoderConfig(vocab_size=8192, length=32, width=256, layers=4, heads=4, glu_width=512),
+        text_encoder=_NANO_TEXT,
         image_decoder=ImageDecoderConfig(
             vocab_size=vqgan.codebook_size + 1,
             length=vqgan.tokens,
@@ -135,11 +187,33 @@ def _dalle_mini(text_vocab: int, image_vocab: int, width: int, layers: int, head
     return DalleConfig(vqgan, text, image, defaults)
 
 
+def _unclip_nano() -> UnclipConfig:
+    vae = dataclasses.replace(_nano().vqgan, quantizer="kl", levels=(), latent_dim=8)
+    return UnclipConfig(
+        text_encoder=_NANO_TEXT,
+        clip=CLIPConfig(image_size=128, patch=8, widths=(96, 192, 320), text_width=256, embed_dim=256),
+        vae=vae,
+        prior=PriorConfig(embed_dim=256, width=320, blocks=3, steps=8),
+        generator=GeneratorConfig(
+            embed_dim=256,
+            noise_dim=64,
+            latent_dim=vae.latent_dim,
+            grid=vae.grid,
+            width=896,
+            blocks=2,
+            channels=32,
+            critic_width=96,
+        ),
+    )
+
+
 PRESETS: dict[str, DalleConfig] = {
     "nano": _nano(),
     "mini": _dalle_mini(50264, 16384, width=1024, layers=12, heads=16, glu_width=2730),
     "mega": _dalle_mini(50272, 16415, width=2048, layers=24, heads=32, glu_width=4096),
 }
+UNCLIP_PRESETS: dict[str, UnclipConfig] = {"unclip-nano": _unclip_nano()}
+CLIP_PRESET = "clip-nano"  # that the prompts of all models are compared by
 
 
 @dataclass(frozen=True)
@@ -192,13 +266,23 @@ SOURCES: dict[str, Source] = {
     "mega-flax": _flax("mega"),
 }
 
+# What a checkpoint folder of each kind holds
 PARTS = {"vqgan": VQGANConfig, "text_encoder": TextEncoderConfig, "image_decoder": ImageDecoderConfig}
+CLIP_PARTS = {"text_encoder": TextEncoderConfig, "clip": CLIPConfig}
+UNCLIP_PARTS = {
+    "vae": VQGANConfig,
+    "prior": PriorConfig,
+    "generator": GeneratorConfig,
+    "noise_encoder": GeneratorConfig,
+    "discriminator": GeneratorConfig,
+}
 
 
 def part_config(name: str, values: dict[str, Any]) -> Any:
     """Config of one part from its JSON form; raises ValueError on a missing or unknown key."""
+    kinds = PARTS | CLIP_PARTS | UNCLIP_PARTS
     try:
-        return PARTS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return kinds[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"config of {name!r}: {error}") from error
 
@@ -217,8 +301,8 @@ def _number(default: float, low: float, high: float, step: float, label: str, he
 
 
 @dataclass(frozen=True)
-class GenerateParams:
-    """One request. Raises ParamError, a ValueError that names the field, when a value cannot be used."""
+class Params:
+    """What every request has. Raises ParamError, a ValueError that names the field, when a value cannot be used."""
 
     prompt: str
     n: int = _number(4, 1, MAX_IMAGES, 1, "Images", "How many pictures to draw at once.")
@@ -231,16 +315,6 @@ class GenerateParams:
             "label": "Seed",
             "help": "The same seed, prompt and settings draw the same pictures again.",
         },
-    )
-    temperature: float = _number(
-        1.0, 0.05, 2.0, 0.05, "Temperature", "Lower is safer and more alike, higher is wilder and more varied."
-    )
-    top_k: int = _number(0, 0, 16384, 1, "Top-k", "At each step choose among the k most likely pieces only; 0 is off.")
-    top_p: float = _number(
-        1.0, 0.05, 1.0, 0.01, "Top-p", "At each step drop the unlikely rest beyond this share of probability; 1 is off."
-    )
-    guidance_scale: float = _number(
-        1.0, 1.0, 20.0, 0.1, "Guidance", "How hard to follow the prompt; 1 is off, too much coarsens the picture."
     )
 
     def __post_init__(self):
@@ -256,12 +330,76 @@ class GenerateParams:
             if spec.name == "prompt" or (spec.name == "seed" and self.seed is None):
                 continue
             object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
-        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
-            raise ParamError("seed", f"must leave room for {self.n} pictures; use at most {MAX_SEED - self.n + 1}")
+        last = MAX_SEED - self.drawn + 1
+        if self.seed is not None and self.seed > last:
+            raise ParamError("seed", f"must leave room for {self.drawn} pictures; use at most {last}")
+
+    @property
+    def drawn(self) -> int:
+        """How many pictures are drawn, with seeds that follow each other."""
+        return self.n
+
+    def seeded(self) -> "Params":
+        """The same with a seed, drawn where there is none."""
+        if self.seed is not None:
+            return self
+        return dataclasses.replace(self, seed=random.SystemRandom().randint(0, MAX_SEED - self.drawn + 1))
+
+    def alone(self) -> dict[str, Any]:
+        """Settings with which a picture of this request is drawn alone, but for its seed."""
+        return dataclasses.asdict(self) | {"n": 1}
+
+
+@dataclass(frozen=True)
+class GenerateParams(Params):
+    """A request to a DALL-E model."""
+
+    temperature: float = _number(
+        1.0, 0.05, 2.0, 0.05, "Temperature", "Lower is safer and more alike, higher is wilder and more varied."
+    )
+    top_k: int = _number(0, 0, 16384, 1, "Top-k", "At each step choose among the k most likely pieces only; 0 is off.")
+    top_p: float = _number(
+        1.0, 0.05, 1.0, 0.01, "Top-p", "At each step drop the unlikely rest beyond this share of probability; 1 is off."
+    )
+    guidance_scale: float = _number(
+        1.0, 1.0, 20.0, 0.1, "Guidance", "How hard to follow the prompt; 1 is off, too much coarsens the picture."
+    )
+    candidates: int = _number(
+        0, 0, MAX_IMAGES, 1, "Candidates", "Draw so many, show those that CLIP finds nearest to the prompt; 0 is off."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.candidates < self.n:
+            raise ParamError("candidates", f"must be at least the {self.n} pictures that are shown, or 0 for none")
+
+    @property
+    def drawn(self) -> int:
+        """How many pictures are drawn, of which `n` are shown."""
+        return self.candidates or self.n
+
+    def alone(self) -> dict[str, Any]:
+        """Settings with which a picture of this request is drawn alone, but for its seed."""
+        return super().alone() | {"candidates": 0}
+
+
+@dataclass(frozen=True)
+class UnclipParams(Params):
+    """A request to a DALL-E 2 model."""
+
+    guidance_scale: float = _number(
+        1.0, 1.0, 10.0, 0.1, "Guidance", "How hard the prior follows the prompt; 1 is off, too much makes all alike."
+    )
+    truncation: float = _number(
+        1.0, 0.0, 1.0, 0.05, "Variety", "Scale of the generator's noise: lower is safer, 0 draws the average picture."
+    )
+    candidates: int = _number(
+        2, 1, 16, 1, "Embeddings tried", "The prior draws so many for each picture; the nearest to the prompt is used."
+    )
 
 
 def is_whole(spec: dataclasses.Field) -> bool:
-    """Whether a field of GenerateParams counts something."""
+    """Whether a field of a request counts something."""
     return spec.type in (int, int | None)
 
 

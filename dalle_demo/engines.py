@@ -1,13 +1,10 @@
-"""GenerateParams -> updates with pictures: read this first, the whole way from prompt to pixels is `_draw`.
+"""prompt and settings -> updates with pictures: read this first, the whole way to pixels is `_draw` of either engine.
 
 An engine owns what is scarce: the processor (one lock, a measured number of threads) and the number format.
 """
 
-import random
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from dalle_demo.config import MAX_SEED, GenerateParams
+from dalle_demo import mixing
+from dalle_demo.config import CLIP_PRESET, MAX_SEED, GenerateParams, ParamError, UnclipParams
 from dalle_demo.hardware import (
     fastest_format,
     fastest_threads,
@@ -26,53 +24,27 @@ from dalle_demo.hardware import (
     place_text_encoder,
     place_transformer,
     place_vqgan,
+    quickest_threads,
+    seconds_of,
 )
 from dalle_demo.images import to_pil
+from dalle_demo.matching import embed_image, embed_text, fitted, nearest
+from dalle_demo.mixing import Seen
 from dalle_demo.sampling import draw_uniforms, guide, sample
-from dalle_demo.text import PAD, spelled
-from dalle_demo.weights import Dalle, load_dalle
+from dalle_demo.text import PAD
+from dalle_demo.turns import Engine, Update
+from dalle_demo.weights import Clip, Dalle, Unclip, WeightsError, is_unclip, load_clip, load_dalle, load_unclip
 
 PREVIEW_SHARE = 0.3
-LEFT_OUT = {
-    "nothing_read": "This model reads English only, and nothing of this prompt: the pictures have nothing to do "
-    "with it.",
-    "unread": "This model left out characters that it cannot read ({unread}).",
-    "cut": "This model left out the end of the prompt (it has {tokens} tokens, {length} are read).",
-    "unread_and_cut": "This model left out characters that it cannot read ({unread}) and the end of the prompt (it has "
-    "{tokens} tokens, {length} are read).",
-}
+CHUNK = 4  # pictures that a DALL-E 2 model draws at once: always as many, so that none depends on how many are wanted
+CANNOT_COMPARE = f"{CLIP_PRESET}, which compares pictures with prompts,"
 
 
-@dataclass(frozen=True)
-class Update:
-    """State of a request after `step` of `total` tokens; `images` always has its full length."""
+class DalleEngine(Engine):
+    """Draws with a DALL-E model, token by token."""
 
-    step: int
-    total: int
-    images: list[Image.Image]
-    seeds: list[int]
-
-    @property
-    def final(self) -> bool:
-        """Whether these are the finished pictures."""
-        return self.step == self.total
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What of a prompt a model does not read: one of LEFT_OUT, and the values that it wants; in English as a str."""
-
-    key: str
-    unread: str  # characters
-    tokens: int  # of the prompt
-    length: int  # tokens of which are read
-
-    def __str__(self):
-        return LEFT_OUT[self.key].format(**vars(self))
-
-
-class DalleEngine:
-    """Draws with a DALL-E model; may be called from many threads, and serves them one after another."""
+    request = GenerateParams
+    sampler = "autoregressive"
 
     def __init__(
         self,
@@ -81,10 +53,9 @@ class DalleEngine:
         form: str | None = None,
         device: str | torch.device | None = None,
     ):
-        self.model = model
-        self.config = model.config
+        super().__init__(model)
         self.device = torch.device(device) if device else pick_device()
-        self._lock = threading.Lock()
+        self._clip: Clip | None = None
         with torch.inference_mode():
             self.format = form or fastest_format(self.config.image_decoder, self.device)
             place_transformer(model.image_decoder, self.format, self.device)
@@ -116,26 +87,8 @@ class DalleEngine:
         return cls(change(load_dalle(preset)), threads, form, pick_device(device))
 
     @classmethod
-    def like(cls, origin: Mapping[str, Any], preset: str | None = None) -> "DalleEngine":
-        """Engine that draws what `origin`, read from a picture, drew: its model, device, format and number of threads.
-
-        Raises ValueError when the weights at hand are other ones.
-        """
-        threads = origin.get("threads")
-        if not isinstance(threads, int) or not 1 <= threads <= 1024:
-            raise ValueError(f"the picture's settings name {threads!r} threads")
-        place = {"form": str(origin.get("format")), "device": str(origin.get("device", "cpu"))}
-        engine = cls.load(preset or str(origin.get("model")), threads, **place)
-        if engine.origin["weights"] != origin.get("weights"):
-            raise ValueError(
-                f"the picture was drawn by other weights than these of {engine.name}; give --preset FOLDER"
-            )
-        return engine
-
-    @property
-    def name(self) -> str:
-        """Name of the model."""
-        return self.model.name
+    def _place(cls, origin: Mapping[str, Any]) -> dict[str, str]:
+        return {"form": str(origin.get("format")), "device": str(origin.get("device", "cpu"))}
 
     @property
     def origin(self) -> dict[str, str | int]:
@@ -143,66 +96,23 @@ class DalleEngine:
         return {
             "model": self.name,
             "weights": self.model.sha256[:12],
+            "sampler": self.sampler,
             "steps": self.config.image_decoder.length,
             "format": self.format,
             "device": self.device.type,
             "threads": self.threads,
         }
 
-    def params(self, prompt: str, **settings) -> GenerateParams:
-        """Request with this model's own defaults where a setting is not given; raises ParamError."""
-        return GenerateParams(prompt, **{**self.config.defaults, **settings})
-
-    def left_out(self, prompt: str) -> LeftOut | None:
-        """What of the prompt the model cannot read, if anything."""
-        length = self.config.text_encoder.length
-        encoded = self.model.tokenizer.encode(prompt, length)
-        if encoded.empty and prompt.strip():
-            key = "nothing_read"
-        elif encoded.unread and encoded.dropped:
-            key = "unread_and_cut"
-        elif encoded.unread or encoded.dropped:
-            key = "unread" if encoded.unread else "cut"
-        else:
-            return None
-        return LeftOut(key, spelled(encoded.unread), length + encoded.dropped, length)
-
-    def generate(
-        self, params: GenerateParams, stop: threading.Event | None = None, previews: bool = True
-    ) -> Iterator[Update]:
-        """Yield an update each time a row of tokens is finished, the last one with the finished pictures.
-
-        Waits for its turn first. Closing the iterator, or setting `stop`, ends it within one step. Without `previews`
-        there is the last update only.
-        """
-        seed = params.seed if params.seed is not None else random.SystemRandom().randint(0, MAX_SEED - params.n)
-        seeds = [seed + i for i in range(params.n)]
-        stop = stop or threading.Event()
-        while not self._lock.acquire(timeout=0.05):
-            if stop.is_set():
-                return
-        try:
-            updates = self._draw(params, seeds, previews)
-            while not stop.is_set():
-                torch.set_num_threads(self.threads)  # it holds for one thread, and each update may come from another
-                with torch.inference_mode():  # not held across yields: the mode belongs to a thread
-                    update = next(updates, None)
-                if update is None:
-                    break
-                if update.images:
-                    yield update
-        finally:  # also when the iterator is closed
-            self._lock.release()
-
     def _draw(self, params: GenerateParams, seeds: list[int], previews: bool) -> Iterator[Update]:
         """Prompt to pixels; an update without images after each token, one with previews after each row.
 
         Rows for which a preview would take too long have that of an earlier one.
         """
+        clip = self._judge(params.prompt) if params.candidates else None
         length, row = self.config.image_decoder.length, self.config.vqgan.grid
         ration, preview = Ration(self.config.vqgan.grid), []
         text = self._encode(params.prompt)
-        step = self._guided_step(text, params.guidance_scale, params.n)
+        step = self._guided_step(text, params.guidance_scale, len(seeds))
         uniforms = draw_uniforms(seeds, length)
         drawn = sample(step, uniforms, self.config.image_decoder.bos, params.temperature, params.top_k, params.top_p)
         for count, so_far in enumerate(drawn, start=1):
@@ -218,7 +128,20 @@ class DalleEngine:
         pictures = []
         for tokens in so_far:  # one at a time: convolutions may round differently in another batch
             pictures += to_pil(self._decode(tokens))
-            yield Update(length, length, pictures if len(pictures) == params.n else [], seeds)
+            yield Update(length, length, [] if clip or len(pictures) < len(seeds) else pictures, seeds)
+        if clip:
+            yield Update(length, length, *nearest(clip, params.prompt, pictures, seeds, params.n))
+
+    def _judge(self, prompt: str) -> Clip:
+        """The CLIP that tells how near pictures are to a prompt, which it must be able to read."""
+        if self._clip is None:
+            try:
+                self._clip = load_clip()
+            except WeightsError as error:
+                raise ParamError("candidates", f"must be 0: {CANNOT_COMPARE} is missing or damaged") from error
+        if self._clip.tokenizer.encode(prompt, self._clip.text_config.length).empty:
+            raise ParamError("candidates", f"must be 0: {CANNOT_COMPARE} reads nothing of this prompt")
+        return self._clip
 
     def _encode(self, prompt: str) -> tuple[Float[Tensor, "1 T D"], Bool[Tensor, "1 T"]]:
         ids = self.model.tokenizer.batch([prompt], self.config.text_encoder.length).to(self.device)
@@ -276,3 +199,133 @@ def _stack(prompts: list[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "P T D"]
     states = [F.pad(state, (0, 0, 0, longest - state.shape[1])) for state, _ in prompts]
     masks = [F.pad(mask, (0, longest - mask.shape[1])) for _, mask in prompts]
     return torch.cat(states), torch.cat(masks)
+
+
+class UnclipEngine(Engine):
+    """Draws with a DALL-E 2 model, in one pass; always on the processor and in fp32, which takes milliseconds."""
+
+    request = UnclipParams
+    sampler = "flow and GAN"
+
+    def __init__(self, model: Unclip, threads: int | None = None):
+        super().__init__(model)
+        place_vqgan(model.vae, "float32", torch.device("cpu"))
+        sizes = self.config.generator
+        with torch.inference_mode():
+            blank = torch.zeros(CHUNK, sizes.embed_dim), torch.zeros(CHUNK, sizes.noise_dim)
+            self.threads = threads or quickest_threads(lambda: seconds_of(lambda: self._pixels(*blank)))
+
+    @classmethod
+    def load(cls, preset: str = "unclip-nano", threads: int | None = None) -> "UnclipEngine":
+        """Engine for a preset or a folder of weights; raises WeightsError.
+
+        Args:
+            preset: name of a preset, or a folder.
+            threads: processor threads, measured when None; another number rounds differently in the last bits.
+        """
+        return cls(load_unclip(preset), threads)
+
+    @property
+    def origin(self) -> dict[str, str | int]:
+        """What is stored in pictures about how they came about, beside the request."""
+        return {
+            "model": self.name,
+            "weights": self.model.sha256[:12],
+            "sampler": self.sampler,
+            "steps": self.config.prior.steps,
+            "format": "float32",
+            "device": "cpu",
+            "threads": self.threads,
+        }
+
+    def embed_text(self, prompt: str) -> Float[Tensor, " E"]:
+        """CLIP's embedding of a prompt."""
+        with self._turn():
+            return embed_text(self.model.clip, prompt)
+
+    def embed_image(self, picture: Image.Image) -> Float[Tensor, " E"]:
+        """CLIP's embedding of any picture."""
+        with self._turn():
+            return embed_image(self.model.clip, picture)
+
+    def invert(self, picture: Image.Image) -> Seen:
+        """What the generator would draw any picture from, about."""
+        with self._turn():
+            embedding = embed_image(self.model.clip, picture)
+            latents, _ = self.model.vae.encode(fitted(picture, self.config.vae.image_size))
+            mean, _ = self.model.noise_encoder(latents, embedding[None])
+            return Seen(embedding, mean[0])
+
+    def imagine(self, params: UnclipParams) -> Seen:
+        """What the pictures of a request are drawn from, `n` of them."""
+        params = params.seeded()
+        with self._turn():
+            return self._imagine(params, [params.seed + i for i in range(params.n)])
+
+    def draw(self, embeddings: Float[Tensor, "B E"], noise: Float[Tensor, "B Z"]) -> list[Image.Image]:
+        """A picture of each row."""
+        with self._turn():
+            return to_pil(in_chunks(self._pixels, embeddings, noise))
+
+    def walk(self, params: UnclipParams, frames: int) -> list[Image.Image]:
+        """A closed walk through noise, from the first picture of a request by that of the next seed and back."""
+        params = params.seeded()
+        with self._turn():
+            embedding = self._imagine(params, [params.seed]).embedding
+        noise = mixing.loop(*self.noise([params.seed, params.seed + 1]), frames) * params.truncation
+        return self.draw(embedding.expand(frames, -1), noise)
+
+    def noise(self, seeds: Sequence[int]) -> Float[Tensor, "B Z"]:
+        """The generator's noise of each seed."""
+        size = self.config.generator.noise_dim
+        return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def _draw(self, params: UnclipParams, seeds: list[int], previews: bool) -> Iterator[Update]:
+        """Prompt to pixels; an update without images after each chunk but the last."""
+        seen, pictures = self._imagine(params, seeds), []
+        for embeddings, noise in zip(seen.embedding.split(CHUNK), seen.noise.split(CHUNK), strict=True):
+            pictures += to_pil(in_chunks(self._pixels, embeddings, noise))
+            finished = len(pictures) == len(seeds)
+            yield Update(len(pictures), len(seeds), pictures if finished else [], seeds)
+
+    def _imagine(self, params: UnclipParams, seeds: list[int]) -> Seen:
+        """Image embeddings from the prior, the nearest to the prompt of each seed's candidates, and noise."""
+        text = embed_text(self.model.clip, params.prompt)
+        shape = params.candidates, self.config.prior.embed_dim
+        generators = [torch.Generator().manual_seed(MAX_SEED + 1 + seed) for seed in seeds]  # other ones than `noise`'s
+        starts = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+        def choose(starts: Float[Tensor, "B K E"]) -> Float[Tensor, "B E"]:
+            rows = starts.flatten(0, 1)
+            drawn = self.model.prior.sample(text.expand(len(rows), -1), rows, params.guidance_scale)
+            drawn = drawn.unflatten(0, starts.shape[:2])
+            best = (drawn * text).sum(-1).argmax(1)
+            return drawn[torch.arange(len(drawn)), best]
+
+        return Seen(in_chunks(choose, starts), self.noise(seeds) * params.truncation)
+
+    def _pixels(self, embeddings: Float[Tensor, "B E"], noise: Float[Tensor, "B Z"]) -> Float[Tensor, "B 3 H W"]:
+        return self.model.vae.decode(self.model.generator(noise, embeddings))
+
+
+def engine_for(preset: str) -> type[Engine]:
+    """The engine that draws with a preset or a folder of weights; raises WeightsError."""
+    return UnclipEngine if is_unclip(preset) else DalleEngine
+
+
+def engine_of(origin: Mapping[str, Any]) -> type[Engine]:
+    """The engine that drew a picture of this origin."""
+    return UnclipEngine if origin.get("sampler") == UnclipEngine.sampler else DalleEngine
+
+
+def in_chunks(run: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Outputs of `run`, which is given CHUNK rows of each tensor at a time, at last with zeros for those that lack.
+
+    In a batch of always the same size a row has the same bits whatever the others are, and wherever it stands.
+    """
+    outputs = []
+    for parts in zip(*(tensor.split(CHUNK) for tensor in rows), strict=True):
+        missing = CHUNK - len(parts[0])
+        full = [torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in parts]
+        outputs.append(run(*full)[: CHUNK - missing])
+    return torch.cat(outputs)

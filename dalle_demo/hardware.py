@@ -87,7 +87,7 @@ def place_transformer(module: nn.Module, form: str, device: torch.device) -> nn.
 
 
 def place_vqgan(module: nn.Module, form: str, device: torch.device) -> nn.Module:
-    """Bring a VQGAN, in place, into bf16 where the Transformer is in it and into fp32 otherwise, and return it.
+    """Bring a VQGAN or VAE, in place, into bf16 where the Transformer is in it and fp32 otherwise, and return it.
 
     Its activations overflow fp16.
     """
@@ -136,10 +136,15 @@ def fastest_threads(decoder: ImageDecoder, form: str, device: torch.device) -> i
     """Number of threads with the shortest step right now: on a busy machine fewer are faster."""
     if device.type != "cpu":
         return torch.get_num_threads()
+    return quickest_threads(lambda: seconds_per_step(decoder, form, device))
+
+
+def quickest_threads(measure: Callable[[], float]) -> int:
+    """Number of processor threads with which `measure` returns the least."""
     timings = {}
     for threads in thread_counts():
         torch.set_num_threads(threads)
-        timings[threads] = seconds_per_step(decoder, form, device)
+        timings[threads] = measure()
     return min(timings, key=timings.get)
 
 
@@ -178,10 +183,10 @@ def _speeds() -> tuple[float, float]:
         linear, rows = PackedLinear(linear) if can_pack() else linear, torch.ones(4, width)
         conv = nn.Conv2d(64, 64, 3, padding=1)
         flops = 2 * conv.weight.numel() * 128 * 128
-        return _seconds(lambda: linear(rows)) / (2 * width**2), _seconds(lambda: conv(pixels)) / flops
+        return seconds_of(lambda: linear(rows)) / (2 * width**2), seconds_of(lambda: conv(pixels)) / flops
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
     """Seconds of the quickest of a few runs."""
     timings = []
     for _ in range(MEASURED_STEPS):
@@ -215,4 +220,4 @@ def seconds_per_step(decoder: ImageDecoder, form: str, device: torch.device) -> 
     text = torch.zeros(1, 4, decoder.text_width, dtype=activation_type(form, device), device=device)
     cache = decoder.prefill(text, torch.ones(1, 4, dtype=torch.bool, device=device), MEASURED_ROWS)
     tokens, positions = torch.zeros(MEASURED_ROWS, dtype=torch.long, device=device), iter(range(decoder.length))
-    return _seconds(lambda: decoder.step(tokens, next(positions), cache).cpu())
+    return seconds_of(lambda: decoder.step(tokens, next(positions), cache).cpu())

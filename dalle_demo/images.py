@@ -28,6 +28,14 @@ def from_pil(pictures: Sequence[Image.Image]) -> Float[Tensor, "B 3 H W"]:
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def square(picture: Image.Image) -> Image.Image:
+    """RGB picture on white, padded to a square about its middle."""
+    side = max(picture.size)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(picture.convert("RGBA"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas.convert("RGB")
+
+
 def grid(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
     """Lay pictures of one size out row by row on white, in about a square unless `columns` is given."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
@@ -45,7 +53,7 @@ def save_png(picture: Image.Image, path: Path, request: Mapping[str, Any], origi
     Args:
         picture: what to write.
         path: where; written under a temporary name first.
-        request: the fields of GenerateParams that make this one picture again.
+        request: the fields of its parameters that make this one picture again.
         origin: what drew it, as told by the engine.
     """
     chunks = PngImagePlugin.PngInfo()
@@ -64,26 +72,34 @@ def save_each(
     origin: Mapping[str, Any],
     stem: Path,
 ) -> list[Path]:
-    """Write the pictures of one request as `stem`-SEED.png, each with the settings that draw it alone."""
+    """Write pictures as `stem`-SEED.png, each with the settings that draw it alone: a request's, and its seed."""
     paths = [stem.with_name(f"{stem.name}-{seed}.png") for seed in seeds]
     for picture, seed, path in zip(pictures, seeds, paths, strict=True):
         save_png(picture, path, {**request, "n": 1, "seed": seed}, origin)
     return paths
 
 
+def save_animation(pictures: Sequence[Image.Image], path: Path, milliseconds: int) -> Path:
+    """Write pictures of one size as a WebP that shows them one after another, for ever."""
+    partial = path.with_name(path.name + ".part")
+    frames = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
+    pictures[0].save(partial, "WEBP", quality=90, **frames)
+    partial.replace(path)
+    return path
+
+
 def describe(request: Mapping[str, Any], origin: Mapping[str, Any], size: tuple[int, int]) -> str:
     """Prompt and settings in the lines that AUTOMATIC1111 and its successors show and read back."""
     settings = {
         "Steps": origin["steps"],
-        "Sampler": "autoregressive",
+        "Sampler": origin["sampler"],
         "CFG scale": request["guidance_scale"],
         "Seed": request["seed"],
         "Size": f"{size[0]}x{size[1]}",
         "Model": origin["model"],
-        "Temperature": request["temperature"],
-        "Top-k": request["top_k"],
-        "Top-p": request["top_p"],
     }
+    told = ("prompt", "n", "seed", "guidance_scale")
+    settings |= {name.replace("_", "-").capitalize(): value for name, value in request.items() if name not in told}
     return f"{request['prompt']}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
 
 

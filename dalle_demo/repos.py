@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_demo import hub, weights
-from dalle_demo.config import PARTS, PRESETS, SOURCES, RemoteFile, Source
-from dalle_demo.weights import REPO, WeightsError, find, load_dalle, pulled, save_tensors
+from dalle_demo.checkpoints import WeightsError, save_tensors
+from dalle_demo.config import CLIP_PRESET, PARTS, PRESETS, SOURCES, UNCLIP_PRESETS, RemoteFile, Source
+from dalle_demo.weights import REPO, check, find, pulled
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 
@@ -105,7 +106,7 @@ def _heed(stop: threading.Event | None, partial: Path) -> None:
 def push(name: str, repo: str, private: bool = False, token: str | None = None) -> str:
     """Upload a folder of weights that loads, with its model card, to a repository; returns its address."""
     folder = find(name)
-    load_dalle(str(folder))
+    check(folder)
     if not (folder / "README.md").exists():
         raise WeightsError(f"{folder / 'README.md'} is missing: write the model card first, it is what people read")
     return hub.upload(folder, repo, [*FILES, "samples.png", "lora.safetensors"], private, token)
@@ -128,7 +129,7 @@ def listing() -> list[Listed]:
     models = pulled(".")
     folders = [path.parent for depth in ("*", "*/*") for path in sorted(models.glob(f"{depth}/config.json"))]
     names = [folder.relative_to(models).as_posix() for folder in folders if not folder.name.startswith(".")]
-    return [listed(name) for name in dict.fromkeys([*PRESETS, *SOURCES, *names])]
+    return [listed(name) for name in dict.fromkeys([*PRESETS, *UNCLIP_PRESETS, CLIP_PRESET, *SOURCES, *names])]
 
 
 def listed(name: str) -> Listed:
@@ -158,7 +159,7 @@ def _is_pulled(folder: Path, commit: str | None) -> bool:
     if lock is None or lock.commit != commit:
         return False
     try:
-        load_dalle(str(folder))
+        check(folder)
     except WeightsError:
         return False
     return True
@@ -167,7 +168,7 @@ def _is_pulled(folder: Path, commit: str | None) -> bool:
 def _check(folder: Path, name: str) -> None:
     """Raise WeightsError for files of a repository that do not load although they are what it holds."""
     try:
-        load_dalle(str(folder))
+        check(folder)
     except WeightsError as error:
         update = f"`python -m dalle_demo weights pull {name} --update`"
         raise WeightsError(f"{error}; so it is in {name}: once that is mended there, {update} fetches it") from error

@@ -1,6 +1,7 @@
 """model name -> its engine: one model in memory at a time, and what there is to know of those that are not.
 
-A request borrows the engine of its model with `lend`; `fetch` brings a model that is not here yet.
+A request borrows the engine of its model with `lend`; `fetch` brings a model that is not here yet. The model of
+`unclip` is so small that it stays beside any other.
 """
 
 import gc
@@ -17,10 +18,11 @@ from typing import Any
 
 from dalle_demo import hardware, hub, repos, weights
 from dalle_demo.config import PRESETS, SOURCES, DalleConfig
-from dalle_demo.engines import DalleEngine
+from dalle_demo.engines import DalleEngine, UnclipEngine
 from dalle_demo.weights import Dalle
 
 TICK = 0.25  # seconds between two looks at a download, and the longest that it takes to cancel one
+UNCLIP = "unclip-nano"
 ENDING = 5.0  # seconds that a new download waits for a cancelled one to end
 CGROUP = Path("/sys/fs/cgroup")  # of a container: what it may take, and takes
 MEMINFO = Path("/proc/meminfo")  # of Linux
@@ -85,15 +87,23 @@ class Shelf:
         preset: preset or folder of the model that is loaded at once, and meant where a request names none.
         offline: leave out models that would have to be downloaded.
         load: preset or folder -> engine; takes `form` and `threads` as DalleEngine.load does.
+        load_unclip: preset -> engine.
     """
 
     def __init__(
-        self, preset: str = "nano", offline: bool = False, load: Callable[..., DalleEngine] = DalleEngine.load
+        self,
+        preset: str = "nano",
+        offline: bool = False,
+        load: Callable[..., DalleEngine] = DalleEngine.load,
+        load_unclip: Callable[[str], UnclipEngine] = UnclipEngine.load,
     ):
         self._load_engine = load
         self._offline = offline
         self._lock = threading.Lock()  # held by the request that draws
         self._engine: DalleEngine | None = load(preset)
+        self._load_unclip = load_unclip
+        self._unclip: UnclipEngine | None = None
+        self._unclip_door = threading.Lock()  # of who would load it
         self.home = self.loaded = self._engine.name
         self._presets = {self.home: preset} | {name: name for name in PRESETS if name != self.home}
         self._configs = PRESETS | {self.home: self._engine.config}
@@ -185,6 +195,23 @@ class Shelf:
         finally:
             self._lock.release()
 
+    def has_unclip(self) -> bool:
+        """Whether the weights of the DALL-E 2 model are here, whole or not."""
+        try:
+            return bool(weights.find(UNCLIP))
+        except ValueError:
+            return False
+
+    def unclip(self) -> UnclipEngine:
+        """Engine of the DALL-E 2 model, loaded when it is first asked for; raises ShelfError where that fails."""
+        with self._unclip_door:
+            if self._unclip is None:
+                try:
+                    self._unclip = self._load_unclip(UNCLIP)
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    raise self._failure(UNCLIP, error) from error
+            return self._unclip
+
     def fetch(self, name: str, cancel: threading.Event) -> Iterator[tuple[int, int]]:
         """Yield bytes done and bytes in all, a few times a second, until a model is here.
 
@@ -233,7 +260,7 @@ class Shelf:
         """What visitors are told of an error, without the folders in which the server keeps its files."""
         if isinstance(error, ValueError):
             sentence = str(error)
-            for folder in (Path(self._presets[name]), hub.cache_root(), weights.SHIPPED):
+            for folder in (Path(self._presets.get(name, name)), hub.cache_root(), weights.SHIPPED):
                 if folder.name and folder != Path(name):
                     sentence = sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
         elif isinstance(error, OSError):

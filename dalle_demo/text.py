@@ -5,6 +5,7 @@ dropped. What a prompt loses on the way is told.
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 START, PAD, END, UNKNOWN = range(4)  # the order of BART, which DALL-E Mini's vocabularies share
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+WORD = re.compile(r"[^\W\d_]+")  # letters of any script
 CONTROLS = {"\t": "tab", "\n": "line break", "\r": "line break"}
 
 
@@ -111,6 +113,19 @@ class Tokenizer:
             lost += "".join(c for c in text if c != " " and self._backend.token_to_id(c) is None)
         dropped = max(0, len(ids) - length)
         return Encoded([*ids[: length - 1], END] if dropped else ids, dropped, "".join(dict.fromkeys(lost)))
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text, each once, that are read in single bytes or letters for the most part, or not at all."""
+        return [word for word in dict.fromkeys(WORD.findall(text)) if self._is_unknown(word)]
+
+    def _is_unknown(self, word: str) -> bool:
+        if self._ascii_only and spell_out(word)[1]:
+            return True
+        tokens = self._backend.encode(word, add_special_tokens=False).tokens
+        pieces = [piece for token in tokens if (piece := token.removeprefix("Ġ"))]
+        single = [piece for piece in pieces if len(piece) == 1]
+        # In byte-level vocabularies a character beyond ASCII stands for a byte of one that has no token of its own
+        return (len(word) > 1 and 2 * len(single) > len(pieces)) or any(not piece.isascii() for piece in single)
 
     def batch(self, prompts: Iterable[str], length: int) -> Int[Tensor, "B T"]:
         """Ids of several prompts, padded to the longest of them."""

@@ -1,44 +1,51 @@
-"""folder -> checked modules, and back: the only place that knows how weights are stored.
+"""preset | folder -> a checked model: where weights are found, and which of them belong together.
 
-A checkpoint is a folder: `config.json` (the sizes of every part, and the hashes of what was trained together),
-`model.safetensors` (tensors named `part.key`), `tokenizer.json` and `README.md` (the model card).
+A DALL-E model is one checkpoint folder. A DALL-E 2 model is two: its own, and that of the CLIP it was trained with,
+which it names by hash.
 """
 
-import dataclasses
 import hashlib
-import json
-import math
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
 from dalle_demo import hub
-from dalle_demo.config import PARTS, SOURCES, DalleConfig, GenerateParams, part_config
-from dalle_demo.models.packed import StoredEmbedding, StoredLinear
+from dalle_demo.checkpoints import (
+    WeightsError,
+    load_parts,
+    load_tokenizer,
+    read_config,
+    save_tensors,
+    stored_config,
+    stored_hash,
+)
+from dalle_demo.config import (
+    CLIP_PARTS,
+    CLIP_PRESET,
+    PARTS,
+    SOURCES,
+    UNCLIP_PARTS,
+    UNCLIP_PRESETS,
+    CLIPConfig,
+    DalleConfig,
+    GenerateParams,
+    TextEncoderConfig,
+    UnclipConfig,
+    UnclipParams,
+)
+from dalle_demo.models.clip import CLIP
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
-from dalle_demo.models.vqgan import VQGAN
+from dalle_demo.models.unclip import Generator, NoiseEncoder, Prior
+from dalle_demo.models.vqgan import VAE, VQGAN
 from dalle_demo.text import Tokenizer
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
-CLASSES = {"vqgan": VQGAN, "text_encoder": TextEncoder, "image_decoder": ImageDecoder}
-FORMAT = 1
 LARGE = 64 * 2**20  # weights of a part
+DRAWING_PARTS = tuple(part for part in UNCLIP_PARTS if part != "discriminator")  # which is kept for fine-tuning
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,38 @@ class Dalle:
     image_decoder: ImageDecoder
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP, whose two halves meet in one space: configs, and modules in evaluation mode, in fp32 on the CPU."""
+
+    name: str
+    sha256: str  # of the tensors of its part `clip`
+    text_config: TextEncoderConfig
+    config: CLIPConfig
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    clip: CLIP
+
+
+@dataclass(frozen=True)
+class Unclip:
+    """A DALL-E 2 model: config, its CLIP, and modules in evaluation mode, in fp32 on the CPU."""
+
+    name: str
+    sha256: str  # of the sha256 of all that takes part in drawing
+    config: UnclipConfig
+    clip: Clip
+    vae: VAE
+    prior: Prior
+    generator: Generator
+    noise_encoder: NoiseEncoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of its CLIP."""
+        return self.clip.tokenizer
+
+
 def load_dalle(preset: str) -> Dalle:
     """Load a model from a folder, or the one that `find` has for a preset.
 
@@ -63,37 +102,123 @@ def load_dalle(preset: str) -> Dalle:
         WeightsError: the folder does not exist, or one of its files is missing, damaged or of another model.
     """
     folder = find(preset)
+    with _advice(folder):
+        modules = load_parts(folder, PARTS, "DALL-E", LARGE)
+        sha256 = stored_hash(folder, "image_decoder")
+        return Dalle(_name(folder), sha256, stored_model(folder), load_tokenizer(folder), **modules)
+
+
+def load_clip(preset: str = CLIP_PRESET) -> Clip:
+    """Load a CLIP from a folder, or the one that `find` has for a preset; raises WeightsError."""
+    folder = find(preset)
+    with _advice(folder):
+        modules = {part: module.float() for part, module in load_parts(folder, CLIP_PARTS, "CLIP").items()}
+        configs = [stored_config(folder, part) for part in CLIP_PARTS]
+        return Clip(_name(folder), stored_hash(folder, "clip"), *configs, load_tokenizer(folder), **modules)
+
+
+def load_unclip(preset: str = "unclip-nano") -> Unclip:
+    """Load a DALL-E 2 model with its CLIP, which is looked for beside its folder and then by name.
+
+    Raises:
+        WeightsError: as `load_dalle`, and when the CLIP is not the one that the model was trained with.
+    """
+    folder = find(preset)
+    with _advice(folder):
+        modules = {part: module.float() for part, module in load_parts(folder, DRAWING_PARTS, "DALL-E 2").items()}
+        clip = _clip_of(folder)
+        hashes = [*(stored_hash(folder, part) for part in DRAWING_PARTS), clip.sha256]
+        sha256 = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+        return Unclip(_name(folder), sha256, _unclip_config(folder, clip), clip, **modules)
+
+
+def is_unclip(preset: str) -> bool:
+    """Whether a folder, or what `find` has for a preset, is a DALL-E 2 model; raises WeightsError."""
+    return "generator" in read_config(find(preset))["parts"]
+
+
+def check(folder: Path) -> None:
+    """Raise WeightsError unless a folder loads as the kind of model that it holds."""
+    load = load_clip if "clip" in read_config(folder)["parts"] else load_dalle
+    (load_unclip if is_unclip(str(folder)) else load)(str(folder))
+
+
+def stored_model(folder: Path) -> DalleConfig:
+    """Config of the whole model in a checkpoint folder; raises WeightsError."""
+    configs = {part: stored_config(folder, part) for part in PARTS}
+    return DalleConfig(**configs, defaults=_defaults(folder, GenerateParams))
+
+
+def _unclip_config(folder: Path, clip: Clip) -> UnclipConfig:
+    """Config of a DALL-E 2 model, whose parts must fit each other."""
+    vae, prior, generator, noise_encoder = (stored_config(folder, part) for part in DRAWING_PARTS)
+    if not (
+        prior.embed_dim == generator.embed_dim == clip.config.embed_dim
+        and (generator.latent_dim, generator.grid) == (vae.latent_dim, vae.grid)
+        and noise_encoder == generator
+    ):
+        raise WeightsError(f"{folder / 'config.json'} describes parts whose sizes do not fit each other")
+    return UnclipConfig(clip.text_config, clip.config, vae, prior, generator, _defaults(folder, UnclipParams))
+
+
+def _defaults(folder: Path, request: Callable[..., Any]) -> dict[str, float]:
+    """Settings that a model is served with, which must make a request."""
+    defaults = read_config(folder).get("defaults", {})
     try:
-        return _load(folder)
+        request("a", **defaults)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{folder / 'config.json'}: defaults: {error}") from error
+    return defaults
+
+
+def _clip_of(folder: Path) -> Clip:
+    """The CLIP that a DALL-E 2 model was trained with."""
+    path = folder / "config.json"
+    try:
+        named = read_config(folder)["clip"]
+        name, expected = str(named["name"]), str(named["sha256"])
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{path} does not say which CLIP it was trained with") from error
+    beside = folder.parent / name
+    try:
+        clip = load_clip(str(beside) if (beside / "config.json").exists() else name)
+    except WeightsError as error:
+        raise WeightsError(f"{folder.name} needs {name}: {error}") from error
+    if clip.sha256 != expected:
+        raise WeightsError(f"{path} was written for a {name} of sha256 {expected[:12]}…, not {clip.sha256[:12]}…")
+    return clip
+
+
+def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: Mapping[str, float]) -> None:
+    """Write the parts of a DALL-E 2 model, trained one after another, as one folder.
+
+    Args:
+        prior: weights folder that the stage of this name has written.
+        unclip: that of this stage, with all other parts.
+        clip: what both were trained with; to be found by its name, or beside `out`, when the model is loaded.
+        out: folder to write.
+        defaults: settings of UnclipParams that the model is served with.
+    """
+    homes = {part: prior if part == "prior" else unclip for part in UNCLIP_PARTS}
+    configs = {part: stored_config(home, part) for part, home in homes.items()}
+    modules = {part: load_parts(home, [part], "DALL-E 2")[part] for part, home in homes.items()}
+    states = {part: module.state_dict() for part, module in modules.items()}
+    named = {"name": _name(clip), "sha256": stored_hash(clip, "clip")}
+    save_tensors(out, configs, states, clip=named, defaults=dict(defaults))
+    load_unclip(str(out))
+
+
+@contextmanager
+def _advice(folder: Path) -> Iterator[None]:
+    """Say of weights that were pulled and cannot be used how they are fetched anew."""
+    try:
+        yield
     except WeightsError as error:
         name = _name(folder)
         if folder.resolve() != pulled(name).resolve():
             raise
         update = f"`python -m dalle_demo weights pull {name} --update`"
         raise WeightsError(f"{error}; {update} fetches these weights anew") from error
-
-
-def _load(folder: Path) -> Dalle:
-    meta = _read_config(folder / "config.json")
-    missing = [part for part in PARTS if part not in meta["parts"]]
-    if missing:
-        raise WeightsError(f"{folder / 'config.json'} describes no {missing[0]}; it is not a complete DALL-E model")
-    tokenizer = load_tokenizer(folder)
-    _check_hash(folder / "tokenizer.json", "tokenizer", _file_hash(folder / "tokenizer.json"), meta)
-    _check_parts(folder / "model.safetensors", meta)
-    modules = {part: _build(folder, part, meta, large=LARGE) for part in PARTS}
-    return Dalle(_name(folder), meta["sha256"]["image_decoder"], stored_model(folder), tokenizer, **modules)
-
-
-def stored_model(folder: Path) -> DalleConfig:
-    """Config of the whole model in a checkpoint folder; raises WeightsError."""
-    configs = {part: stored_config(folder, part) for part in PARTS}
-    config = DalleConfig(**configs, defaults=_read_config(folder / "config.json").get("defaults", {}))
-    try:
-        GenerateParams("a", **config.defaults)
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / 'config.json'}: defaults: {error}") from error
-    return config
 
 
 def find(preset: str) -> Path:
@@ -104,6 +229,8 @@ def find(preset: str) -> Path:
     pull_command = f"`python -m dalle_demo weights pull {preset}`"
     if preset in SOURCES:
         raise WeightsError(f"the weights of {preset} are not here yet: {pull_command} fetches them")
+    if preset in (*UNCLIP_PRESETS, CLIP_PRESET):
+        raise WeightsError(f"the weights of {preset} are not here; a checkout of this program has them in weights/")
     if REPO.fullmatch(preset):
         raise WeightsError(f"{preset} is no folder with a config.json: if it is on the Hub, {pull_command} fetches it")
     shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
@@ -121,214 +248,3 @@ def _name(folder: Path) -> str:
     """What `find` finds a folder by: user/name of a repository that was pulled, else the folder's own name."""
     folder, models = folder.resolve(), pulled(".").resolve()
     return folder.relative_to(models).as_posix() if folder.is_relative_to(models) else folder.name
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Tokenizer of a checkpoint folder."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise WeightsError(f"{path} is missing")
-    ascii_only = _read_config(folder / "config.json")["parts"].get("text_encoder", {}).get("ascii_only", False)
-    try:
-        return Tokenizer.from_file(path, ascii_only)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise WeightsError(f"{path} is damaged: {error}") from error
-
-
-def load_part(folder: Path, part: str) -> Any:
-    """Load one part of a checkpoint folder, in fp32; raises WeightsError."""
-    meta = _describing(folder, part)
-    _check_parts(folder / "model.safetensors", meta)
-    return _build(folder, part, meta).float()
-
-
-def stored_config(folder: Path, part: str) -> Any:
-    """Config of one part of a checkpoint folder; raises WeightsError."""
-    return part_config(part, _describing(folder, part)["parts"][part])
-
-
-def stored_hash(folder: Path, part: str) -> str:
-    """sha256 of one part of a checkpoint folder; raises WeightsError."""
-    return _describing(folder, part)["sha256"][part]
-
-
-def _describing(folder: Path, part: str) -> dict[str, Any]:
-    """The config.json of a folder, which must have this part."""
-    meta = _read_config(folder / "config.json")
-    if part not in meta["parts"]:
-        raise WeightsError(f"{folder / 'config.json'} describes no {part}")
-    return meta
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; raises WeightsError."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} is missing") from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is truncated or damaged: {error}") from error
-
-
-class StoredPart(Mapping[str, Tensor]):
-    """Tensors of one part of a file, each read when it is asked for."""
-
-    def __init__(self, path: Path, part: str):
-        self.path, self._prefix = path, f"{part}."
-        with _opened(path) as file:
-            names = [key for key in file.keys() if key.startswith(self._prefix)]  # noqa: SIM118, it is no mapping
-            self.shapes = {key.removeprefix(self._prefix): tuple(file.get_slice(key).get_shape()) for key in names}
-
-    def __getitem__(self, key: str) -> Tensor:
-        """Tensor whose pages leave memory with it."""
-        with _opened(self.path) as file:
-            return file.get_tensor(self._prefix + key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def _check_parts(path: Path, meta: Mapping[str, Any]) -> None:
-    """Raise WeightsError for a file that holds a tensor of a part which config.json does not describe."""
-    with _opened(path) as file:
-        strangers = [key for key in file.keys() if key.split(".")[0] not in meta["parts"]]  # noqa: SIM118
-    if strangers:
-        raise WeightsError(f"{path} holds {strangers[0]!r}, which belongs to no part in config.json")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Parse config.json and check its form down to the config of every part."""
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']} is not {FORMAT}")
-        for part, values in meta["parts"].items():
-            part_config(part, values)
-            if part not in meta["sha256"]:
-                raise ValueError(f"no sha256 of {part}")
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is damaged: {error}") from error
-    return meta
-
-
-def _build(folder: Path, part: str, meta: Mapping[str, Any], large: float = math.inf) -> Any:
-    """Fill a module with its tensors, all of them and no others, as they are stored.
-
-    Projections and embeddings of a part with more than `large` weights are left in the file.
-    """
-    path = folder / "model.safetensors"
-    stored = StoredPart(path, part)
-    _check_hash(path, part, tensor_hash(stored), meta)
-    with torch.device("meta"):
-        module = CLASSES[part](part_config(part, meta["parts"][part]))
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    for key in sorted(expected.keys() | stored.shapes.keys()):
-        if expected.get(key) != stored.shapes.get(key):
-            found = (
-                f"{part}.{key} is {stored.shapes.get(key, 'missing')}, expected {expected.get(key, 'no such tensor')}"
-            )
-            raise WeightsError(f"{path} does not fit config.json: {found}")
-    if sum(map(math.prod, expected.values())) > large:
-        _leave_in_file(module, stored)
-    module.load_state_dict({key: stored[key].clone() for key in module.state_dict()}, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def _leave_in_file(module: nn.Module, stored: StoredPart, prefix: str = "") -> None:
-    """Replace projections and the embedding of tokens by such as read their weights when they need them."""
-    for name, child in module.named_children():
-        key = f"{prefix}{name}"
-        if isinstance(child, nn.Linear):
-            setattr(module, name, StoredLinear(partial(stored.__getitem__, f"{key}.weight")))
-        elif name == "embed_tokens":
-            setattr(module, name, StoredEmbedding(partial(stored.__getitem__, f"{key}.weight")))
-        else:
-            _leave_in_file(child, stored, f"{key}.")
-
-
-def _check_hash(path: Path, name: str, found: str, meta: Mapping[str, Any]) -> None:
-    expected = meta.get("sha256", {}).get(name)
-    if found != expected:
-        raise WeightsError(
-            f"{path}: its {name} has sha256 {found[:12]}…, config.json was written for {str(expected)[:12]}…"
-        )
-
-
-def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        value = tensors[key].contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def save_parts(
-    folder: Path,
-    configs: Mapping[str, Any],
-    modules: Mapping[str, nn.Module],
-    tokenizer: Path | None = None,
-    **extra: Any,
-) -> None:
-    """Write modules as a checkpoint folder in fp16; see `save_tensors`."""
-    states = {part: module.state_dict() for part, module in modules.items()}
-    halves = {part: {key: value.detach().half() for key, value in state.items()} for part, state in states.items()}
-    save_tensors(folder, configs, halves, tokenizer, **extra)
-
-
-def save_tensors(
-    folder: Path,
-    configs: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, Tensor]],
-    tokenizer: Path | None = None,
-    **extra: Any,
-) -> None:
-    """Write a checkpoint folder; each file appears under its name only once it is whole.
-
-    Args:
-        configs: config of every part in `parts`.
-        parts: state dict of every part's module, stored in the types given.
-        tokenizer: tokenizer.json to copy along.
-        extra: further entries of config.json, such as `defaults`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{part}.{key}": value.contiguous() for part, state in parts.items() for key, value in state.items()}
-    hashes = {part: tensor_hash(state) for part, state in parts.items()}
-    names = ["model.safetensors", "config.json"]
-    if tokenizer is not None:
-        hashes["tokenizer"] = _file_hash(tokenizer)
-        shutil.copyfile(tokenizer, folder / "tokenizer.json.part")
-        names.append("tokenizer.json")
-    meta = {"format": FORMAT, "parts": {part: dataclasses.asdict(configs[part]) for part in parts}, "sha256": hashes}
-    save_file(tensors, folder / "model.safetensors.part")
-    (folder / "config.json.part").write_text(json.dumps(meta | extra, indent=2) + "\n", encoding="utf-8")
-    for name in names:
-        with (folder / f"{name}.part").open("rb+") as file:
-            os.fsync(file.fileno())  # what it was made from may be deleted next
-    for name in names:
-        (folder / f"{name}.part").replace(folder / name)
-
-
-def save_adapters(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of adapters, which lie beside a checkpoint folder's own files."""
-    partial = path.with_name(path.name + ".part")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-    partial.replace(path)
-
-
-def load_adapters(path: Path) -> dict[str, Tensor]:
-    """Read what `save_adapters` wrote; raises WeightsError."""
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping

@@ -14,10 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from rows above its own. Members of a row are separated by spaces.
 ROWS = (
     "config images models",
-    "text sampling data hardware",
-    "convert hub",
+    "text sampling mixing data hardware",
+    "convert hub checkpoints",
     "weights",
-    "engines repos",
+    "turns matching repos",
+    "engines",
     "shelf",
     "training evaluation",
     "serving",
@@ -86,7 +87,7 @@ def test_images_knows_nothing_of_the_package():
     ("library", "homes"),
     [
         ("gradio", ("ui/", "app.py")),
-        ("safetensors", ("dalle_demo/weights.py",)),
+        ("safetensors", ("dalle_demo/checkpoints.py",)),
         ("huggingface_hub", ("dalle_demo/hub.py",)),
         ("httpx2", ("dalle_demo/hub.py",)),
     ],

@@ -7,57 +7,69 @@ import math
 import pytest
 import torch
 
+from dalle_demo.checkpoints import CLASSES
 from dalle_demo.config import (
+    CLIP_PARTS,
     MAX_IMAGES,
     MAX_PROMPT,
     MAX_SEED,
     PARTS,
     PRESETS,
+    UNCLIP_PARTS,
+    UNCLIP_PRESETS,
     GenerateParams,
     ParamError,
+    UnclipParams,
     part_config,
 )
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
 
-NUMERIC = [spec for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
+KINDS = (GenerateParams, UnclipParams)
+NUMERIC = [
+    pytest.param(kind, spec, id=f"{kind.__name__}.{spec.name}")
+    for kind in KINDS
+    for spec in dataclasses.fields(kind)
+    if spec.name != "prompt"
+]
+COUNTS = [case for case in NUMERIC if case.values[1].type in (int, int | None)]
 
 
-def refuse(field: str, **settings) -> str:
+def refuse(field: str, kind: type = GenerateParams, **settings) -> str:
     """Message of the ParamError that these settings raise, which must name `field`."""
     with pytest.raises(ParamError) as caught:
-        GenerateParams(**({"prompt": "a red apple"} | settings))
+        kind(**({"prompt": "a red apple"} | settings))
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{field}: ")
     assert isinstance(caught.value, ValueError)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(("kind", "spec"), NUMERIC)
 @pytest.mark.parametrize(
     "bad",
     [math.nan, math.inf, -math.inf, "4", "", "４", b"4", [4], {}, True, False, 4j, 10**400],
     ids=lambda bad: ascii(bad)[:8],
 )
-def test_refuses_what_is_no_number(spec, bad):
-    refuse(spec.name, **{spec.name: bad})
+def test_refuses_what_is_no_number(kind, spec, bad):
+    refuse(spec.name, kind, **{spec.name: bad})
 
 
-@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
-def test_refuses_none_except_as_blank_seed(spec):
+@pytest.mark.parametrize(("kind", "spec"), NUMERIC)
+def test_refuses_none_except_as_blank_seed(kind, spec):
     if spec.name == "seed":
-        assert GenerateParams("a red apple", seed=None).seed is None
+        assert kind("a red apple", seed=None).seed is None
     else:
-        refuse(spec.name, **{spec.name: None})
+        refuse(spec.name, kind, **{spec.name: None})
 
 
-@pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
-def test_bounds_are_inclusive(spec):
+@pytest.mark.parametrize(("kind", "spec"), NUMERIC)
+def test_bounds_are_inclusive(kind, spec):
     low, high = spec.metadata["low"], spec.metadata["high"]
     for value in (low, high):
-        assert getattr(GenerateParams("a red apple", **({"n": 1} | {spec.name: value})), spec.name) == value
+        assert getattr(kind("a red apple", **({"n": 1} | {spec.name: value})), spec.name) == value
     for value in (low - 1, high + 1, math.nextafter(low, -math.inf), math.nextafter(high, math.inf)):
-        message = refuse(spec.name, **({"n": 1} | {spec.name: value}))
+        message = refuse(spec.name, kind, **({"n": 1} | {spec.name: value}))
         assert spec.type not in (int, float) or str(high) in message or "whole" in message
 
 
@@ -66,12 +78,12 @@ def test_number_of_pictures(n):
     assert str(MAX_IMAGES) in refuse("n", n=n)
 
 
-@pytest.mark.parametrize("spec", [s for s in NUMERIC if s.type in (int, int | None)], ids=lambda spec: spec.name)
-def test_counts_are_whole_numbers(spec):
-    value = getattr(GenerateParams("a red apple", **{spec.name: 4.0}), spec.name)
+@pytest.mark.parametrize(("kind", "spec"), COUNTS)
+def test_counts_are_whole_numbers(kind, spec):
+    value = getattr(kind("a red apple", **{spec.name: 4.0}), spec.name)
     assert value == 4
     assert type(value) is int
-    assert "whole" in refuse(spec.name, **{spec.name: 4.5})
+    assert "whole" in refuse(spec.name, kind, **{spec.name: 4.5})
 
 
 def test_other_numbers_become_floats():
@@ -79,7 +91,7 @@ def test_other_numbers_become_floats():
 
 
 def test_every_number_describes_its_control():
-    for spec in NUMERIC:
+    for _, spec in (case.values for case in NUMERIC):
         assert {"low", "high", "step", "label", "help"} <= set(spec.metadata), spec.name
         assert spec.default is None or spec.metadata["low"] <= spec.default <= spec.metadata["high"]
 
@@ -126,6 +138,41 @@ def test_seed_leaves_room_for_the_last_picture():
     assert GenerateParams("a cat", n=1, seed=MAX_SEED).seed == MAX_SEED
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_kinds_of_request_check_prompt_and_seed(kind):
+    refuse("prompt", kind, prompt="…")
+    refuse("seed", kind, n=4, seed=MAX_SEED - 2)
+
+
+def test_candidates_are_at_least_the_pictures_shown_or_none():
+    assert "4" in refuse("candidates", n=4, candidates=3)
+    assert GenerateParams("a cat", n=4).drawn == 4
+    for candidates in (4, 9):
+        assert GenerateParams("a cat", n=4, candidates=candidates).drawn == candidates
+    assert UnclipParams("a cat", n=4, candidates=2).drawn == 4  # of the prior, for each picture
+
+
+def test_seed_leaves_room_for_the_last_candidate():
+    assert GenerateParams("a cat", n=1, seed=MAX_SEED - 7, candidates=8).seed == MAX_SEED - 7
+    refuse("seed", n=1, seed=MAX_SEED - 6, candidates=8)
+    assert all(GenerateParams("a cat", n=1, candidates=16).seeded().seed <= MAX_SEED - 15 for _ in range(20))
+
+
+def test_a_blank_seed_is_drawn_once():
+    params = GenerateParams("a cat").seeded()
+    assert params.seeded() is params
+    assert params == GenerateParams("a cat", seed=params.seed)
+    assert len({GenerateParams("a cat").seeded().seed for _ in range(9)}) > 1
+
+
+def test_settings_of_one_picture_draw_no_candidates_beside_it():
+    settings = {"prompt": "a cat", "seed": 3, "guidance_scale": 2.0}
+    alone = GenerateParams(n=4, candidates=8, top_k=9, **settings).alone()
+    assert GenerateParams(**alone) == GenerateParams(n=1, top_k=9, **settings)
+    alone = UnclipParams(n=4, candidates=3, **settings).alone()
+    assert UnclipParams(**alone) == UnclipParams(n=1, candidates=3, **settings)
+
+
 def test_params_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GenerateParams("a cat").n = 2
@@ -137,6 +184,19 @@ def test_presets_survive_json(preset):
         config = getattr(PRESETS[preset], part)
         assert type(config) is kind
         assert part_config(part, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("preset", UNCLIP_PRESETS)
+def test_unclip_presets_survive_json_and_fit(preset):
+    whole = UNCLIP_PRESETS[preset]
+    for part, kind in (CLIP_PARTS | UNCLIP_PARTS).items():
+        config = getattr(whole, part, whole.generator)
+        assert type(config) is kind
+        assert part_config(part, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert whole.prior.embed_dim == whole.generator.embed_dim == whole.clip.embed_dim
+    assert (whole.generator.latent_dim, whole.generator.grid) == (whole.vae.codebook_dim, whole.vae.grid)
+    assert whole.clip.text_width == whole.text_encoder.width
+    UnclipParams("a cat", **whole.defaults)
 
 
 def test_config_from_json_is_strict():
@@ -199,3 +259,10 @@ def test_nano_is_small_enough_to_ship():
     with torch.device("meta"):
         parts = VQGAN(config.vqgan), TextEncoder(config.text_encoder), ImageDecoder(config.image_decoder)
     assert 2 * sum(map(count, parts)) < 50e6  # bytes in fp16
+
+
+def test_unclip_nano_and_its_clip_are_small_enough_to_ship():
+    whole = UNCLIP_PRESETS["unclip-nano"]
+    with torch.device("meta"):
+        parts = [CLASSES[part](getattr(whole, part, whole.generator)) for part in (*CLIP_PARTS, *UNCLIP_PARTS)]
+    assert 2 * sum(map(count, parts)) < 40e6

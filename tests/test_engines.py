@@ -2,21 +2,24 @@
 
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tiny import tiny_config
 
-from dalle_demo import engines
-from dalle_demo.config import MAX_SEED, PRESETS, DalleConfig, GenerateParams
+from dalle_demo import engines, weights
+from dalle_demo.config import CLIP_PRESET, MAX_SEED, PRESETS, DalleConfig, GenerateParams, ParamError
 from dalle_demo.engines import DalleEngine, Update
-from dalle_demo.images import to_pil
+from dalle_demo.images import from_pil, to_pil
+from dalle_demo.matching import nearest
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
-from dalle_demo.text import PAD
-from dalle_demo.weights import Dalle
+from dalle_demo.text import PAD, Encoded, Tokenizer
+from dalle_demo.weights import Dalle, load_clip
 
 PROMPT = "a red apple"
 LENGTH = tiny_config().image_decoder.length
@@ -348,6 +351,87 @@ def test_blank_seed_is_drawn_reported_and_reproduces(engine):
         assert 0 <= update.seeds[0] <= MAX_SEED - 1
         again = draw(engine, n=2, seed=update.seeds[0])
         assert again == [picture.tobytes() for picture in update.images]
+
+
+@pytest.fixture
+def comparing(engine, shipped, monkeypatch) -> DalleEngine:
+    """Engine where there is a CLIP to be found."""
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    monkeypatch.setattr(engine, "_clip", None)
+    return engine
+
+
+def score(prompt: str, picture: Image.Image, folder: Path) -> float:
+    """Cosine of the embeddings of prompt and picture, by hand."""
+    clip = load_clip(str(folder))
+    ids = clip.tokenizer.batch([prompt], 50)
+    text = clip.clip.encode_text(clip.text_encoder(ids, ids != PAD), ids != PAD)
+    return F.cosine_similarity(text, clip.clip.encode_image(from_pil([picture]))).item()
+
+
+def test_candidates_are_the_pictures_of_their_seeds_nearest_first(comparing, shipped):
+    alone = {seed: draw(comparing, n=1, seed=seed)[0] for seed in range(40, 46)}
+    last = finish(comparing, GenerateParams(PROMPT, n=3, seed=40, candidates=6))
+    assert [picture.tobytes() for picture in last.images] == [alone[seed] for seed in last.seeds]
+    assert len(set(last.seeds)) == 3
+    size = last.images[0].size
+    by_hand = {s: score(PROMPT, Image.frombytes("RGB", size, alone[s]), shipped / CLIP_PRESET) for s in alone}
+    assert last.seeds == sorted(by_hand, key=by_hand.get, reverse=True)[:3]
+    assert last.scores == pytest.approx([by_hand[seed] for seed in last.seeds], abs=1e-5)
+    assert last.seeds != [40, 41, 42]  # else nothing is shown by it
+
+
+def test_as_many_candidates_as_pictures_are_only_put_in_order(comparing):
+    last = finish(comparing, GenerateParams(PROMPT, n=4, seed=40, candidates=4))
+    assert sorted(last.seeds) == [40, 41, 42, 43]
+    assert last.scores == sorted(last.scores, reverse=True)
+
+
+def test_previews_show_all_candidates(comparing):
+    *previews, last = comparing.generate(GenerateParams(PROMPT, n=2, seed=40, candidates=5))
+    assert previews
+    for update in previews:
+        assert not update.final
+        assert update.seeds == [40, 41, 42, 43, 44]
+        assert len(update.images) == 5
+        assert update.scores is None
+    assert len(last.images) == len(last.seeds) == len(last.scores) == 2
+
+
+def test_without_candidates_nothing_is_compared(comparing, monkeypatch):
+    monkeypatch.setattr(engines, "load_clip", lambda: pytest.fail("loaded although nothing is compared"))
+    last = finish(comparing, GenerateParams(PROMPT, n=2, seed=40))
+    assert (last.seeds, last.scores) == ([40, 41], None)
+
+
+def test_the_clip_is_loaded_once(comparing, monkeypatch):
+    finish(comparing, GenerateParams(PROMPT, n=1, seed=1, candidates=2))
+    monkeypatch.setattr(engines, "load_clip", lambda: pytest.fail("loaded again"))
+    finish(comparing, GenerateParams(PROMPT, n=1, seed=1, candidates=2))
+
+
+def test_candidates_need_a_clip(comparing, spy, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    with pytest.raises(ParamError, match=r"^candidates: must be 0: clip-nano, which compares .* is missing") as caught:
+        finish(comparing, GenerateParams(PROMPT, n=1, seed=1, candidates=2))
+    assert caught.value.field == "candidates"
+    assert str(tmp_path) not in str(caught.value)  # visitors read it
+    assert spy == []  # said before anything is drawn
+    assert is_free(comparing)
+
+
+def test_candidates_need_a_prompt_that_the_clip_reads(comparing, monkeypatch):
+    empty = Encoded([0, 2], 0, "")
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, prompt, length: empty)
+    with pytest.raises(ParamError, match="reads nothing of this prompt"):
+        finish(comparing, GenerateParams(PROMPT, n=1, seed=1, candidates=2))
+
+
+def test_larger_pictures_are_compared_at_the_size_of_the_clip(shipped):
+    clip, red = load_clip(str(shipped / CLIP_PRESET)), (200, 30, 30)
+    small, large = Image.new("RGB", (32, 32), red), Image.new("RGB", (256, 256), red)
+    _, _, scores = nearest(clip, PROMPT, [small, large], [1, 2], 2)
+    assert scores[0] == scores[1]
 
 
 def test_prompts_draw_different_pictures(engine):

@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import save_tiny, tiny_config
 
 from dalle_demo.__main__ import main
+from dalle_demo.checkpoints import stored_hash
 from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import grid
@@ -25,23 +26,13 @@ from dalle_demo.training import finetune, finetune_stage, lora, stages, watch
 from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
 from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep, vary
-from dalle_demo.training.loop import Monitor, Run, Workers
+from dalle_demo.training.loop import Monitor, Run
 from dalle_demo.training.watch import judge
-from dalle_demo.weights import load_dalle, stored_hash
+from dalle_demo.weights import load_dalle
 
 DRIVER = Path(__file__).with_name("finetune_tiny.py")
-COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "gray": (120, 120, 120)}
-ALONE = Workers()
-ALONE.count, ALONE.rank = 1, 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums over several threads may be added up in another order; the processes started here use one as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+LOSSES = ("validation_loss", "seen_loss")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -49,29 +40,6 @@ def small_batches(monkeypatch):
     for module, values in SMALL.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
-
-
-@pytest.fixture(scope="session")
-def upload(tmp_path_factory) -> Path:
-    """Twelve pictures with a caption beside each."""
-    folder, rng = tmp_path_factory.mktemp("upload"), np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        for place in ("left", "right", "middle"):
-            picture = Image.new("RGB", (64, 64), "white")
-            left = {"left": 2, "right": 30, "middle": 16}[place]
-            size, top = rng.integers(14, 30), rng.integers(4, 30)
-            picture.paste(colour, (left, top, left + size, top + 28))
-            picture.save(folder / f"{name}-{place}.png")
-            (folder / f"{name}-{place}.txt").write_text(f"{name} box {place}")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(upload, tmp_path_factory) -> Path:
-    """The same, prepared."""
-    folder = tmp_path_factory.mktemp("prepared") / "data"
-    uploads.prepare([upload], folder)
-    return folder
 
 
 @pytest.fixture
@@ -83,12 +51,12 @@ def settings(nano_folder, data):
 
 
 @pytest.fixture
-def stage_of(tmp_path):
+def stage_of(tmp_path, alone):
     """Maker of stages."""
 
     def make(settings: FinetuneSettings) -> FinetuneStage:
         finetune.bring_data(settings, tmp_path / "stage", resume=False)
-        return FinetuneStage(settings, settings.plan(), tmp_path / "stage", ALONE)
+        return FinetuneStage(settings, settings.plan(), tmp_path / "stage", alone)
 
     return make
 
@@ -284,7 +252,7 @@ def test_what_is_kept_when_it_is_stopped_is_what_is_told(settings, tmp_path, mon
     seen, validate, take = [], FinetuneStage.validate, Run.take_step
     monkeypatch.setattr(Run, "take_step", lambda run: (seen.append(0), take(run))[1])
     monkeypatch.setattr(
-        FinetuneStage, "validate", lambda *given: validate(*given) | {"validation_loss": losses[len(seen)]}
+        FinetuneStage, "validate", lambda *given: validate(*given) | dict.fromkeys(LOSSES, losses[len(seen)])
     )
     asking(monkeypatch, tmp_path, {5: "save", 11: "stop"})
     finetune.finetune(settings(), tmp_path)
@@ -309,7 +277,7 @@ def test_a_word_written_while_another_is_read_is_heard_too(tmp_path, monkeypatch
 
 def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
     losses = {0: 1.0, 4: 5.0, 8: 3.0, 12: 4.0, 16: 3.5}
-    monkeypatch.setattr(FinetuneStage, "validate", lambda *_: {"validation_loss": losses.get(len(seen), 9.0)})
+    monkeypatch.setattr(FinetuneStage, "validate", lambda *_: dict.fromkeys(LOSSES, losses.get(len(seen), 9.0)))
     seen, exported = [], {}
     original, take = finetune_stage.save_tensors, Run.take_step
     monkeypatch.setattr(Run, "take_step", lambda run: (seen.append(0), take(run))[1])
@@ -323,6 +291,20 @@ def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
     assert list(exported) == [4, 8]  # the untrained base is no candidate
     assert "8 of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
     assert state(tmp_path)["notice"] == {"key": "worse", "values": {"best": 8, "count": 3}}
+
+
+def test_held_out_pictures_alone_do_not_decide(settings, tmp_path, monkeypatch):
+    """With a handful of them the first steps would win, at which hardly anything is learned."""
+    held_out, seen_losses = {4: 4.0, 8: 4.4, 12: 5.2}, {4: 4.0, 8: 2.4, 12: 2.2}
+    seen, take = [], Run.take_step
+    monkeypatch.setattr(Run, "take_step", lambda run: (seen.append(0), take(run))[1])
+
+    def validate(*_):
+        return {"validation_loss": held_out.get(len(seen), 9.0), "seen_loss": seen_losses.get(len(seen), 9.0)}
+
+    monkeypatch.setattr(FinetuneStage, "validate", validate)
+    finetune.finetune(settings(), tmp_path)
+    assert "8 of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["previews", "weights", "data"])
@@ -350,6 +332,41 @@ def test_want_of_memory_is_told_in_a_sentence(settings, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not enough memory to train"):
         finetune.finetune(settings(), tmp_path)
     assert "not enough memory" in state(tmp_path)["message"]
+
+
+def test_what_is_done_before_the_first_step_is_told(settings, tmp_path, monkeypatch):
+    told, write = [], watch.write_json
+
+    def record(path, value):
+        write(path, value)
+        if path.name == "state.json" and value["state"] == "preparing":
+            told.append(tuple(value["doing"].values()))
+
+    monkeypatch.setattr(watch, "write_json", record)
+    finetune.finetune(settings(steps=1), tmp_path)
+    counted = [("tokens", i, 12) for i in range(12)] + [("kept", i, 4) for i in range(4)]
+    previews = [("previews", i, 12) for i in (0, 4, 8)]
+    assert told == [("pictures", 0, 0), ("model", 0, 0), *counted, *previews]
+    told.clear()
+    finetune.finetune(settings(steps=2), tmp_path, resume=True)
+    assert told == [("pictures", 0, 0), ("model", 0, 0)], "what is kept is not made again"
+
+
+def test_a_signal_during_the_first_previews_ends_it_at_once(settings, tmp_path, monkeypatch):
+    draw = watch.draw_previews
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return draw(*arguments)
+
+    monkeypatch.setattr(watch, "draw_previews", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="before the first step"):
+        finetune.finetune(settings(), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert state(tmp_path)["state"] == "paused"
+    monkeypatch.setattr(watch, "draw_previews", draw)
+    finetune.finetune(settings(steps=1), tmp_path, resume=True)
+    assert state(tmp_path)["state"] == "done"
 
 
 def test_an_error_is_told(settings, tmp_path, data, monkeypatch):
@@ -402,7 +419,7 @@ def test_pictures_without_captions_cannot_be_trained_on(settings, data, stage_of
         stage_of(settings(data=str(bare)))
 
 
-def test_large_models_are_read_into_memory_and_checkpoint_their_activations(settings, stage_of, monkeypatch, tmp_path):
+def test_large_models_are_read_and_checkpoint_their_activations(settings, stage_of, monkeypatch, tmp_path, alone):
     plain = stage_of(settings())
     from dalle_demo import weights
 
@@ -412,7 +429,7 @@ def test_large_models_are_read_into_memory_and_checkpoint_their_activations(sett
     assert large.plan.batch == finetune.LARGE_BATCH
     batch, losses = plain.batch(range(4)), []
     for stage in (plain, large):
-        run = Run(stage, stage.plan, tmp_path, ALONE, Monitor())
+        run = Run(stage, stage.plan, tmp_path, alone, Monitor())
         loss = stage.network(**batch)["loss"]
         loss.backward()
         losses.append((loss.item(), stage.network.image_decoder.layers[0].self_attention.qkv.B.grad))
@@ -479,6 +496,16 @@ def test_a_model_without_an_encoder_says_which_has_one(data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_command_line_says_that_it_measures(nano_folder, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "estimate", lambda settings: finetune.Estimate(0.5, 61.0, 10**9))
+    flags = ["--base", str(nano_folder), "--data", str(data), "--out", str(tmp_path / "run"), "--estimate"]
+    assert main(["train", "finetune", *flags]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "about 2 minutes at 0.50 seconds a step, and 1.0 GB of memory\n"
+    assert "measuring" in printed.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_estimate_is_measured(settings, data):
     estimate = finetune.probe(settings(), data)
     assert 0 < estimate.seconds_per_step < 10
@@ -533,7 +560,7 @@ def test_previews_name_the_nearest_training_picture(settings, stage_of, monkeypa
     ],
 )
 def test_overfitting_is_put_in_words(losses, copies, key):
-    lines = [{"step": 10 * i, "validation_loss": loss} for i, loss in enumerate(losses)]
+    lines = [{"step": 10 * i} | dict.fromkeys(LOSSES, loss) for i, loss in enumerate(losses)]
     notice = judge(lines, copies, held_out=3)
     assert notice.key == key
     assert "{" not in str(notice)

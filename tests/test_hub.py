@@ -22,11 +22,12 @@ from tiny import save_tiny, tiny_config
 
 from dalle_demo import convert, hardware, hub, repos, shelf, weights
 from dalle_demo.__main__ import ensure, main, progress_line
+from dalle_demo.checkpoints import WeightsError
 from dalle_demo.config import RemoteFile, Source
 from dalle_demo.engines import DalleEngine
 from dalle_demo.hub import HubError, StoppedError, download, read_lock
 from dalle_demo.repos import pull
-from dalle_demo.weights import WeightsError, find, load_dalle
+from dalle_demo.weights import find, load_dalle
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG, SMALL = os.urandom(700_000), b"#version: 0.2\na b\n"
@@ -709,7 +710,7 @@ def test_list(stub, model, capsys):
     assert "5.36 GB" in lines["mega"]
     for word in ("Apache-2.0", "kuprel/min-dalle", "weights pull mini"):
         assert word in lines["mini"]
-    for word in ("unknown", "dalle-mini/dalle-mega", "weights pull mega-flax"):
+    for word in ("size not known before download", "dalle-mini/dalle-mega", "weights pull mega-flax"):
         assert word in lines["mega-flax"]
     assert str(ROOT / "weights" / "nano") in lines["nano"]
     for word in ("cc-by-4.0", stub.repos[model].main[:12], str(find(model))):

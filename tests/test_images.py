@@ -7,7 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_demo.images import CHUNK, describe, from_pil, grid, read_request, save_each, save_png, to_pil
+from dalle_demo.images import (
+    CHUNK,
+    describe,
+    from_pil,
+    grid,
+    read_request,
+    save_animation,
+    save_each,
+    save_png,
+    square,
+    to_pil,
+)
 
 REQUEST = {
     "prompt": "一只小狗 🍕 “café”\nsecond line",
@@ -18,7 +29,7 @@ REQUEST = {
     "top_p": 0.95,
     "guidance_scale": 2.5,
 }
-ORIGIN = {"model": "nano", "steps": 64, "format": "float32", "threads": 2}
+ORIGIN = {"model": "nano", "sampler": "autoregressive", "steps": 64, "format": "float32", "threads": 2}
 
 
 def every_level() -> Image.Image:
@@ -106,6 +117,40 @@ def test_describes_settings_in_the_usual_order():
         "a cat\nSteps: 64, Sampler: autoregressive, CFG scale: 2.5, Seed: 7, Size: 8x8, Model: nano, "
         "Temperature: 0.9, Top-k: 5, Top-p: 0.95"
     )
+
+
+def test_describes_the_settings_of_any_request():
+    request = {"prompt": "a cat", "n": 1, "seed": 7, "guidance_scale": 2.0, "truncation": 0.5, "candidates": 2}
+    origin = ORIGIN | {"model": "unclip-nano", "sampler": "flow and GAN", "steps": 8}
+    assert describe(request, origin, (8, 8)) == (
+        "a cat\nSteps: 8, Sampler: flow and GAN, CFG scale: 2.0, Seed: 7, Size: 8x8, Model: unclip-nano, "
+        "Truncation: 0.5, Candidates: 2"
+    )
+
+
+def test_square_pads_with_white_about_the_middle():
+    wide = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    wide.putpixel((0, 0), (0, 0, 0, 0))  # transparent: white as well
+    picture = square(wide)
+    assert (picture.size, picture.mode) == ((4, 4), "RGB")
+    white, red = (255, 255, 255), (255, 0, 0)
+    assert [picture.getpixel((2, y)) for y in range(4)] == [white, red, red, white]
+    assert picture.getpixel((0, 1)) == white
+    assert square(every_level()).tobytes() == every_level().tobytes()
+
+
+def test_an_animation_shows_its_pictures_in_turn_for_ever(tmp_path):
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    path = save_animation(pictures, tmp_path / "walk.webp", 80)
+    assert [file.name for file in tmp_path.iterdir()] == ["walk.webp"]
+    with Image.open(path) as shown:
+        assert (shown.n_frames, shown.info["loop"]) == (3, 0)
+        for number, picture in enumerate(pictures):
+            shown.seek(number)
+            shown.load()
+            assert shown.info["duration"] == 80
+            difference = np.asarray(shown.convert("RGB"), int) - np.asarray(picture, int)
+            assert np.abs(difference).max() < 12
 
 
 def test_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):

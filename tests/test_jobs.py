@@ -3,16 +3,26 @@
 import csv
 import io
 import json
+import logging
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from finetune_tiny import SMALL
 
+from dalle_demo.__main__ import main
+from dalle_demo.training import finetune, watch
 from dalle_demo.training import jobs as module
 from dalle_demo.training.export import pack, set_licence
 from dalle_demo.training.jobs import Job, JobError, Jobs, smoothed, tidy
@@ -25,16 +35,19 @@ import json, signal, sys, time
 from pathlib import Path
 out = Path(sys.argv[1])
 ending = []
-signal.signal(signal.SIGTERM, lambda *_: ending.append("paused"))
 checkpoint = out / "checkpoint.pt"
 step = int(checkpoint.read_text()) if checkpoint.exists() else 0
 if (out / "refuse").exists():
     sys.exit("error: " + str(out / "data") + " has no picture")
 def tell(state):
     (out / "state.json.part").write_text(json.dumps({"state": state, "step": step, "steps": 1000, "seconds_left": 1.0,
-        "message": "", "notice": {"key": "learning", "values": {}}}))
+        "message": "", "notice": {"key": "learning", "values": {}},
+        "doing": {"key": "tokens", "done": 3, "total": 12} if state == "preparing" else None}))
     (out / "state.json.part").replace(out / "state.json")
 tell("preparing")
+while (out / "slow").exists():
+    time.sleep(0.02)
+signal.signal(signal.SIGTERM, lambda *_: ending.append("paused"))
 while not ending and not (out / "finish").exists():
     if (out / "die").exists():
         sys.exit(1)
@@ -79,10 +92,22 @@ def begin(jobs: Jobs, owner: str = ME, **settings) -> Job:
 
 
 def wait_for(jobs: Jobs, job: Job, *states: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60  # on a busy machine
     while (now := jobs.state(jobs._read(job.id)).state) not in states:
         assert time.monotonic() < deadline, f"{job.id} is {now}"
         time.sleep(0.02)
+
+
+def wait_for_changes(path: Path, times: int) -> None:
+    """Return when a file is there and has been written so many times more."""
+    deadline, last = time.monotonic() + 60, None
+    while last is None or times > 0:
+        assert time.monotonic() < deadline
+        if path.exists():
+            now = path.stat().st_mtime_ns
+            times -= last is not None and now != last
+            last = now
+        time.sleep(0.002)
 
 
 def touch(jobs: Jobs, job: Job, name: str) -> None:
@@ -144,6 +169,39 @@ def test_a_job_that_waits_can_be_paused_and_stopped(jobs):
     assert jobs.state(jobs.resume(jobs._read(second.id))).state == "stopped"
 
 
+def test_what_gets_ready_says_what_it_does_and_can_be_ended_at_once(jobs):
+    first = jobs.create(ME)
+    touch(jobs, first, "slow")
+    first = jobs.start(first, "Mine", {"base": "nano"})
+    wait_for(jobs, first, "preparing")
+    wait_for_changes(jobs.run(first) / "state.json", 0)
+    assert jobs.state(first).doing == ("tokens", {"done": 3, "total": 12})
+    second = begin(jobs)
+    assert jobs.pause(first).wish == "pause"
+    wait_for(jobs, first, "paused")
+    wait_for(jobs, second, "running")
+    assert jobs.state(second).doing is None
+    jobs.stop(second)
+    jobs.resume(jobs._read(first.id))
+    wait_for(jobs, first, "preparing")
+    jobs.stop(jobs._read(first.id))
+    wait_for(jobs, first, "stopped")
+    assert jobs.state(first).doing is None
+    assert not (jobs.run(first) / "asked").exists()
+
+
+def test_a_draft_is_not_started_while_it_is_changed(jobs):
+    job = jobs.create(ME)
+    starting = threading.Thread(target=jobs.start, args=(job, "Mine", {"base": "nano"}))
+    with jobs.editing(job):
+        starting.start()
+        starting.join(0.2)
+        assert jobs.get(ME, job.id).wish == "draft"
+    starting.join(10)
+    with pytest.raises(JobError, match="job_started"), jobs.editing(job):
+        pass
+
+
 def test_a_killed_process_is_started_again(jobs):
     job = begin(jobs)
     wait_for(jobs, job, "running")
@@ -175,11 +233,13 @@ def test_what_a_process_says_at_its_end_is_told_without_folders(jobs):
     assert jobs.state(jobs._read(job.id)).message == "run/data has no picture"
 
 
-def test_a_server_that_ends_leaves_a_checkpoint_and_the_next_one_goes_on(server):
+def test_a_server_that_ends_leaves_a_checkpoint_and_the_next_one_goes_on(server, caplog):
     jobs = server()
     job = begin(jobs)
     wait_for(jobs, job, "running")
-    jobs.close()
+    with caplog.at_level(logging.INFO):
+        jobs.close()
+    assert caplog.messages == ["the training of Mine rests now: start this program again, and it goes on"]
     deadline = time.monotonic() + 10
     while jobs.running():
         assert time.monotonic() < deadline
@@ -219,6 +279,102 @@ def test_the_run_of_a_server_that_was_killed_is_found_again(server, tmp_path):
     assert jobs.state(jobs.pause(job)).state == "pausing"
     wait_for(jobs, job, "paused")
     wait_for(jobs, other, "running")
+
+
+class Fork:
+    """Stands for subprocess.Popen: a copy of this process, which has imported torch already."""
+
+    def __init__(self, command: list[str], stdout, **_):
+        self._status, self._asking = None, threading.Lock()
+        self.pid = os.fork()
+        if self.pid == 0:
+            sys.stdout = sys.stderr = stdout
+            try:
+                torch.set_num_threads(1)
+                status = main(command[3:])  # after `python -m dalle_demo`
+            finally:
+                os._exit(status)
+
+    def poll(self) -> int | None:
+        with self._asking:
+            if self._status is None and os.waitpid(self.pid, os.WNOHANG)[0]:
+                self._status = 0
+        return self._status
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+STEPS = 48
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch, one_thread) -> Iterator:
+    """Maker of servers that fine-tune the tiny model."""
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=Fork, DEVNULL=None))
+    for name, value in {"TICK": 0.02, "NICENESS": 0}.items():
+        monkeypatch.setattr(module, name, value)
+    for part, values in SMALL.items():
+        for name, value in values.items():
+            monkeypatch.setattr(part, name, value)
+    monkeypatch.setattr(finetune, "CHECKPOINTS", 12)
+    monkeypatch.setattr(watch, "previews_a_prompt", lambda config: 1)
+    made = []
+
+    def start() -> Jobs:
+        made.append(Jobs(tmp_path / "jobs"))
+        return made[-1]
+
+    yield start
+    for jobs in made:
+        jobs.close()
+
+
+def process_of(jobs: Jobs, job: Job, former: int) -> int:
+    """Number of the job's process, once another than the former one runs."""
+    deadline = time.monotonic() + 60
+    while True:
+        if (jobs.root / "lock").exists():
+            holder, number = jobs._holder()
+            if holder == job.id and number not in (former, -1):
+                return number
+        assert time.monotonic() < deadline, jobs.state(job)
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process with threads is forked")
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_killed_whenever_the_weights_are_those_of_an_unbroken_run(real, seed, nano_folder, data, tmp_path):
+    """SIGKILL, five times: before the first step, at a step, at a checkpoint; the server is ended or killed as well."""
+    rng, jobs, process = random.Random(seed), real(), -1
+    job = jobs.create(ME)
+    shutil.copytree(data, jobs.data(job))
+    settings = {"base": str(nano_folder), "steps": STEPS, "rank": 4}
+    job = jobs.start(job, "Mine", settings)
+    run = jobs.run(job)
+    for number in range(5):
+        process = process_of(jobs, job, process)
+        if number % 2:  # at least one checkpoint further, since a job that gets no further is given up
+            wait_for_changes(run / "checkpoint.pt", 1)
+            time.sleep(rng.uniform(0, 0.2))
+        else:
+            wait_for_changes(run / "state.json", rng.randrange(20 if number == 0 else 3))
+        assert jobs.state(job).state in ("waiting", "preparing", "running")
+        fate = rng.choice(["lives", "ends", "is killed"])
+        if fate == "is killed":
+            jobs._closed.set()
+        os.kill(process, signal.SIGKILL)
+        if fate == "ends":
+            jobs.close()
+        if fate != "lives":
+            jobs = real()
+    wait_for(jobs, job, "done")
+    finetune.finetune(finetune.FinetuneSettings(**settings, data=str(data)), tmp_path / "whole")
+    kept = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+    kept += [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("previews/*.png")]
+    assert len(kept) == 2 + 1 + finetune.CHECKPOINTS
+    for name in kept:
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_the_process_runs_at_low_priority_and_its_command_tells_nothing(jobs, monkeypatch):

@@ -9,12 +9,13 @@ from tiny import save_tiny, tiny_config
 from torch import nn
 
 from dalle_demo import weights
+from dalle_demo.checkpoints import StoredPart, WeightsError, load_part, save_tensors
 from dalle_demo.config import PARTS
 from dalle_demo.engines import DalleEngine
 from dalle_demo.models.packed import is_stored
 from dalle_demo.models.transformer import ImageDecoder
 from dalle_demo.training import lora
-from dalle_demo.weights import Dalle, StoredPart, WeightsError, load_dalle, load_part, save_tensors
+from dalle_demo.weights import Dalle, load_dalle
 
 CONFIG = tiny_config()
 

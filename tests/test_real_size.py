@@ -12,8 +12,9 @@ import pytest
 from hub_stub import Hub, serving
 
 from dalle_demo import hub
+from dalle_demo.checkpoints import StoredPart
 from dalle_demo.config import PRESETS, SOURCES
-from dalle_demo.weights import PARTS, StoredPart, find
+from dalle_demo.weights import PARTS, find
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK = Path("/proc/self/status")  # has the most memory that a process ever took, on Linux

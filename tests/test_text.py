@@ -7,8 +7,8 @@ import min_dalle_reference as reference
 import pytest
 import torch
 
+from dalle_demo.checkpoints import load_tokenizer
 from dalle_demo.text import END, PAD, START, UNKNOWN, Tokenizer, clean, spelled
-from dalle_demo.weights import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,11 @@ def test_save_and_read_again(tokenizer, tmp_path):
         assert again.encode(prompt, 50) == tokenizer.encode(prompt, 50)
 
 
+def test_words_that_are_read_in_bytes_are_told(tokenizer):
+    caption = "a red apple, apple; zorkq the 小狗 and кот, 42 x 鼹鼠 don't"
+    assert tokenizer.unknown_words(caption) == ["zorkq", "the", "小狗", "кот", "鼹鼠"]
+
+
 def test_training_is_repeatable():
     texts = ["a red apple", "a red pear", "two red apples"]
     ids = {tuple(Tokenizer.train(texts, 280).encode("a red pear", 50).ids) for _ in range(2)}
@@ -170,6 +175,10 @@ def test_long_prompt_keeps_its_end_mark(mini, min_dalle):
 )
 def test_tells_what_was_not_read(mini, prompt, unread):
     assert sorted(mini.encode(prompt, 64).unread) == sorted(unread)
+
+
+def test_words_that_are_not_read_at_all_are_told_too(mini):
+    assert "小狗" in mini.unknown_words("a cat and a 小狗")
 
 
 def test_prompt_without_english_is_empty(mini):

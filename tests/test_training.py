@@ -17,31 +17,25 @@ from tiny import tiny_config
 from torch import nn
 from train_tiny import BATCH, make_plan, make_stage
 
+from dalle_demo.checkpoints import load_part, load_tokenizer
 from dalle_demo.engines import DalleEngine
 from dalle_demo.training import loop, stages
 from dalle_demo.training.loop import Plan, Workers, make_optimizers, schedule, train, update_ema
 from dalle_demo.training.losses import (
     PerceptualLoss,
     adaptive_weight,
+    contrastive_loss,
     discriminator_loss,
     distillation_loss,
+    flow_matching_loss,
     generator_loss,
+    kl_divergence,
+    minimax_loss,
     token_loss,
 )
-from dalle_demo.weights import load_part, load_tokenizer
 
 DRIVER = Path(__file__).with_name("train_tiny.py")
-ALONE = Workers()
-ALONE.count, ALONE.rank = 1, 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums over several threads may be added up in another order; the processes started here use one as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -126,8 +120,8 @@ def test_only_matrices_decay():
     assert count == len([parameter for parameter in network.parameters() if parameter.requires_grad])
 
 
-def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(stage_of, tmp_path):
-    network = stage_of("dalle", tmp_path)(ALONE).network
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(stage_of, tmp_path, alone):
+    network = stage_of("dalle", tmp_path)(alone).network
     network.image_decoder.layers[0].requires_grad_(False)
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     adamw, muon = make_optimizers(network, 1e-3, (0.9, 0.95))
@@ -201,8 +195,8 @@ def test_each_pass_over_the_data_is_another_permutation():
 
 
 @pytest.mark.parametrize("name", ["vqgan", "sharpen", "dalle"])
-def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, tmp_path, name):
-    stage = stage_of(name, tmp_path)(ALONE)
+def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, tmp_path, name, alone):
+    stage = stage_of(name, tmp_path)(alone)
     torch.manual_seed(1)
     whole = stage.batch(range(8, 16))
     torch.manual_seed(2)  # global state decides nothing
@@ -216,17 +210,17 @@ def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, tmp_path, name)
     assert not torch.equal(stage.batch(range(16, 24))[first], whole[first])
 
 
-def test_sharpening_changes_pictures_and_no_token(stage_of, tmp_path, nano_folder):
+def test_sharpening_changes_pictures_and_no_token(stage_of, tmp_path, nano_folder, alone):
     train(stage_of("sharpen", tmp_path), make_plan(10), tmp_path)
     before, after = load_part(nano_folder, "vqgan"), load_part(tmp_path / "weights", "vqgan")
-    pixels = stage_of("sharpen", tmp_path)(ALONE).batch(range(4))["pixels"]
+    pixels = stage_of("sharpen", tmp_path)(alone).batch(range(4))["pixels"]
     with torch.no_grad():
         assert torch.equal(before.encode(pixels), after.encode(pixels))
         assert not torch.equal(before(pixels)[0], after(pixels)[0])
 
 
-def test_each_player_learns_from_its_own_loss_alone(stage_of, tmp_path):
-    stage = stage_of("sharpen", tmp_path)(ALONE)
+def test_each_player_learns_from_its_own_loss_alone(stage_of, tmp_path, alone):
+    stage = stage_of("sharpen", tmp_path)(alone)
     network, batch = stage.network, stage.batch(range(4))
     losses = network(**batch)
     (losses["loss"] - losses["discriminator"]).backward(retain_graph=True)
@@ -245,6 +239,47 @@ def test_hinge_losses():
     assert generator_loss(ours).item() == 1.5
 
 
+def test_minimax_loss_is_of_two_probabilities():
+    """As equation 1 of Goodfellow et al. has it, and without overflow where a score is sure."""
+    real, ours = torch.tensor([2.0, -1.0, 0.3]), torch.tensor([0.5, -3.0])
+    expected = sum(math.log(1 / (1 + math.exp(-score))) for score in real.tolist()) / 3
+    expected += sum(math.log(1 - 1 / (1 + math.exp(-score))) for score in ours.tolist()) / 2
+    assert minimax_loss(real, ours).item() == pytest.approx(expected)
+    assert minimax_loss(torch.tensor([500.0]), torch.tensor([500.0])).item() == pytest.approx(-500)
+
+
+def test_kl_divergence_is_that_of_normal_distributions():
+    mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    ours = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    expected = torch.distributions.kl_divergence(ours, prior).flatten(1).sum(1)
+    torch.testing.assert_close(kl_divergence(mean, logvar), expected)
+    assert kl_divergence(torch.zeros(2, 5), torch.zeros(2, 5)).tolist() == [0, 0]
+
+
+def test_contrastive_loss_is_the_mean_surprise_both_ways():
+    generator = torch.Generator().manual_seed(0)
+    text, image = (nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=-1) for _ in range(2))
+    scale, total = 7.0, 0.0
+    for i in range(4):
+        likeness = [math.exp(scale * sum(a * b for a, b in zip(text[i], image[j], strict=True))) for j in range(4)]
+        reverse = [math.exp(scale * sum(a * b for a, b in zip(text[j], image[i], strict=True))) for j in range(4)]
+        total -= math.log(likeness[i] / sum(likeness)) + math.log(reverse[i] / sum(reverse))
+    found = contrastive_loss(text, image, torch.tensor(scale))
+    assert found.item() == pytest.approx(total / 8, rel=1e-5)
+    assert contrastive_loss(text, text, torch.tensor(100.0)) < 0.01
+    assert contrastive_loss(text, text.flip(0), torch.tensor(100.0)) > 1
+
+
+def test_flow_matching_loss_wants_the_velocity_of_the_straight_path():
+    start, end = torch.randn(3, 5), torch.randn(3, 5)
+    times = torch.tensor([0.25, 0.5])
+    points = [start + time * (end - start) for time in times]
+    velocity = (points[1] - points[0]) / (times[1] - times[0])
+    assert flow_matching_loss(velocity, start, end).item() == pytest.approx(0, abs=1e-10)
+    assert flow_matching_loss(velocity + 2, start, end).item() == pytest.approx(4)
+
+
 def test_adaptive_weight_makes_both_pull_alike():
     output = torch.randn(5, requires_grad=True)
     anchor, adversary = 3 * output.sum(), 0.5 * (2 * output).sum()
@@ -252,8 +287,8 @@ def test_adaptive_weight_makes_both_pull_alike():
     assert adaptive_weight(anchor, 0 * output.sum(), output).item() == 1
 
 
-def test_vqgan_samples_are_pictures_in_range(stage_of, tmp_path):
-    stage = stage_of("vqgan", tmp_path)(ALONE)
+def test_vqgan_samples_are_pictures_in_range(stage_of, tmp_path, alone):
+    stage = stage_of("vqgan", tmp_path)(alone)
     pixels = stage.batch(range(32))["pixels"]
     assert pixels.shape == (32, 3, 32, 32)
     assert -1.01 < pixels.min() < pixels.max() < 1.01
@@ -262,8 +297,8 @@ def test_vqgan_samples_are_pictures_in_range(stage_of, tmp_path):
     assert 4 < white.sum() < 28  # white and coloured backgrounds
 
 
-def test_dalle_samples_drop_captions_and_disturb_inputs(stage_of, tmp_path):
-    stage = stage_of("dalle", tmp_path)(ALONE)
+def test_dalle_samples_drop_captions_and_disturb_inputs(stage_of, tmp_path, alone):
+    stage = stage_of("dalle", tmp_path)(alone)
     batch = stage.batch(range(400))
     empty = (batch["text_ids"] != 1).sum(1) == 2  # only <s> </s>
     assert 0.05 < empty.float().mean() < 0.16
@@ -275,16 +310,16 @@ def test_dalle_samples_drop_captions_and_disturb_inputs(stage_of, tmp_path):
     assert batch["inputs"].max() < stage.config.vqgan.codebook_size
 
 
-def test_dalle_never_trains_on_held_out_drawings(stage_of, tmp_path):
-    stage = stage_of("dalle", tmp_path)(ALONE)
+def test_dalle_never_trains_on_held_out_drawings(stage_of, tmp_path, alone):
+    stage = stage_of("dalle", tmp_path)(alone)
     seen = set(stages.shuffled(stage.training, 0, range(500)).tolist())
     assert len(stage.held_out)
     assert not seen & set(stage.held_out.tolist())
     assert len(seen) + len(stage.held_out) == len(stage.pairs)
 
 
-def test_dalle_targets_are_tokens_of_drawings_and_of_scenes(stage_of, tmp_path, monkeypatch):
-    stage = stage_of("dalle", tmp_path)(ALONE)
+def test_dalle_targets_are_tokens_of_drawings_and_of_scenes(stage_of, tmp_path, monkeypatch, alone):
+    stage = stage_of("dalle", tmp_path)(alone)
     pixels = stages.plain_render(stage.pairs, np.arange(5), 32)
     assert np.array_equal(stage.vqgan.encode(pixels).numpy(), stage.tokens[:5])
     assert stage.tokens.shape == (24, 16)
@@ -322,13 +357,13 @@ def test_vq_tokens_are_replaced_by_any(stage_of, tmp_path):
     assert set(changed) == set(range(40))
 
 
-def test_cache_is_computed_once_and_only_kept_whole(tmp_path):
+def test_cache_is_computed_once_and_only_kept_whole(tmp_path, alone):
     path = tmp_path / "numbers.npy"
     with pytest.raises(ZeroDivisionError):
-        stages.shared_cache(path, 5, lambda rows: 1 / 0, ALONE)
+        stages.shared_cache(path, 5, lambda rows: 1 / 0, alone)
     assert not path.exists()
-    first = stages.shared_cache(path, 5, lambda rows: np.array(rows) * 2, ALONE)
-    again = stages.shared_cache(path, 5, lambda rows: pytest.fail("computed twice"), ALONE)
+    first = stages.shared_cache(path, 5, lambda rows: np.array(rows) * 2, alone)
+    again = stages.shared_cache(path, 5, lambda rows: pytest.fail("computed twice"), alone)
     assert first.tolist() == again.tolist() == [0, 2, 4, 6, 8]
     assert [file.name for file in tmp_path.iterdir()] == ["numbers.npy"]
 
@@ -362,8 +397,8 @@ def test_exports_the_average_and_not_the_last_weights(stage_of, tmp_path):
         assert torch.equal(value, state["ema"][f"vqgan.{key}"].half().float()), key
 
 
-def test_perceptual_network_is_in_no_checkpoint(stage_of, tmp_path):
-    stage = stage_of("vqgan", tmp_path)(ALONE)
+def test_perceptual_network_is_in_no_checkpoint(stage_of, tmp_path, alone):
+    stage = stage_of("vqgan", tmp_path)(alone)
     assert all(key.startswith("vqgan.") for key in stage.network.state_dict())
 
 
@@ -464,7 +499,9 @@ def test_a_killed_process_goes_on_to_the_bit(start, stage_of, data_folder, nano_
     assert not list(out.rglob("*.part"))
 
 
-def test_two_processes_see_the_data_and_take_the_steps_of_one(start, stage_of, data_folder, nano_folder, tmp_path):
+def test_two_processes_see_the_data_and_take_the_steps_of_one(
+    start, stage_of, data_folder, nano_folder, tmp_path, alone
+):
     out, steps = tmp_path / "two", 12
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--data", data_folder, "--weights", nano_folder, "--out", out, "--steps", steps]
@@ -481,7 +518,7 @@ def test_two_processes_see_the_data_and_take_the_steps_of_one(start, stage_of, d
     together = samples(tmp_path / "two.0", tmp_path / "two.1")
     assert together == samples(tmp_path / "one.0")
     assert sorted(together) == list(range(steps * BATCH))
-    initial = stage_of("dalle", tmp_path / "one")(ALONE).network.state_dict()
+    initial = stage_of("dalle", tmp_path / "one")(alone).network.state_dict()
     one, two = checkpoint(tmp_path / "one"), checkpoint(out)
     assert one["step"] == two["step"] == steps
     for rank in range(2):  # each has computed its own share of Muon's updates

@@ -6,10 +6,10 @@ from typing import get_args
 import pytest
 
 from dalle_demo.config import GenerateParams
-from dalle_demo.engines import LeftOut
 from dalle_demo.hub import HubError, Reason
 from dalle_demo.shelf import ShelfError
 from dalle_demo.training.watch import NOTICES
+from dalle_demo.turns import LeftOut
 from dalle_demo.ui.generate import _summary
 from dalle_demo.ui.models import reason
 from dalle_demo.ui.strings import SENTENCES, duration, footer, label, megabytes, say, translations
@@ -33,7 +33,7 @@ def test_every_label_has_a_chinese_one():
     found = translations()
     assert found["en"].keys() == found["zh"].keys()
     same = {key for key in found["en"] if found["en"][key] == found["zh"][key]}
-    assert same == {"top_k", "top_p"}
+    assert same == {"top_k", "top_p", "tab_unclip"}
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,16 @@ def test_what_a_model_left_out_is_said_in_the_language_of_the_visitor():
 
 
 def test_the_summary_of_a_run_says_it_too(engine):
-    params = engine.params("zyxwvut " * 20)
-    assert "left out the end" in _summary(engine, params, 1, 2.0, "en")
-    assert "略去了描述的末尾" in _summary(engine, params, 1, 2.0, "zh-CN")
-    assert _summary(engine, engine.params("a red apple", n=1), 1, 2.0, "en") == "tiny drew 1 picture in 2.0 s, seed 1."
+    params = engine.params("zyxwvut " * 20, seed=1)
+    assert "left out the end" in _summary(engine, params, 2.0, "en")
+    assert "略去了描述的末尾" in _summary(engine, params, 2.0, "zh-CN")
+    one = engine.params("a red apple", n=1, seed=1)
+    assert _summary(engine, one, 2.0, "en") == "tiny drew 1 picture in 2.0 s, seed 1."
+
+
+def test_the_summary_counts_candidates_as_drawn(engine):
+    params = engine.params("a red apple", n=2, seed=1, candidates=8)
+    assert _summary(engine, params, 2.0, "en").startswith("tiny drew 8 pictures in 2.0 s, 0.2 s each, seed 1.")
 
 
 @pytest.mark.parametrize("key", get_args(Reason))

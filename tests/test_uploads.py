@@ -19,7 +19,17 @@ from PIL import Image, ImageCms, ImageDraw, ImageEnhance
 
 from dalle_demo.data import archives, captions, emoji, uploads
 from dalle_demo.data.archives import Skipped, UploadError
-from dalle_demo.data.uploads import Example, fingerprint, load, load_report, pixels, prepare, save_captions, split
+from dalle_demo.data.uploads import (
+    Example,
+    fingerprint,
+    load,
+    load_report,
+    pictures,
+    pixels,
+    prepare,
+    save_captions,
+    split,
+)
 
 NPM = Path(__file__).parent / "fixtures" / "npm"
 
@@ -207,7 +217,7 @@ def test_second_file_of_a_name(tmp_path):
         archive.writestr("a.png", B)
     report = prepare([tmp_path / "set.zip"], tmp_path / "out")
     assert report.skipped == [Skipped("a.png", "has the same name as another file; rename one of them")]
-    assert pixels(tmp_path / "out", load(tmp_path / "out"), 64)[0, 0, 0].tolist() == list(blocks(0).getpixel((0, 0)))
+    assert pictures(tmp_path / "out", load(tmp_path / "out"), 64)[0, 0, 0].tolist() == list(blocks(0).getpixel((0, 0)))
 
 
 def test_table_comes_before_text_files(tmp_path):
@@ -801,13 +811,16 @@ def test_pixels_are_padded_on_white(tmp_path):
     wide = Image.new("RGBA", (128, 64), (255, 0, 0, 255))
     wide.paste((0, 0, 0, 0), (0, 0, 64, 64))
     read(tmp_path, {"a.png": A, "wide.png": save(wide)})
-    batch = pixels(tmp_path / "out", load(tmp_path / "out")[::-1], 32)
+    batch = pictures(tmp_path / "out", load(tmp_path / "out")[::-1], 32)
     assert batch.shape == (2, 32, 32, 3)
     assert batch.dtype == torch.uint8
     assert batch[0, 2, 16].tolist() == [255, 255, 255]  # above it
     assert batch[0, 16, 4].tolist() == [255, 255, 255]  # where it is transparent
     assert batch[0, 16, 28].tolist() == [255, 0, 0]
     assert np.abs(np.asarray(blocks(0).resize((32, 32))).astype(int) - batch[1].numpy()).mean() < 20
+    taken = pixels(tmp_path / "out", load(tmp_path / "out")[::-1], 32)
+    assert taken.shape == (2, 3, 32, 32)
+    assert (taken[0, :, 2, 16].tolist(), taken[0, :, 16, 28].tolist()) == ([1, 1, 1], [1, -1, -1])
 
 
 def test_every_table_kind_is_told_apart():

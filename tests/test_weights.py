@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, save_tiny, tiny_config
 
-from dalle_demo import weights
+from dalle_demo import checkpoints, weights
+from dalle_demo.checkpoints import WeightsError, load_part, load_tokenizer, save_parts, tensor_hash
 from dalle_demo.config import PARTS
 from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import Tokenizer
-from dalle_demo.weights import WeightsError, load_dalle, load_part, load_tokenizer, save_parts, tensor_hash
+from dalle_demo.weights import load_dalle
 
 TENSOR = "image_decoder.norm_final.weight"
 
@@ -228,7 +229,7 @@ def save_again(folder: Path, tokenizer: Path) -> None:
     config = tiny_config()
     parts = {name: getattr(config, name) for name in PARTS}
     torch.manual_seed(77)
-    modules = {name: weights.CLASSES[name](value) for name, value in parts.items()}
+    modules = {name: checkpoints.CLASSES[name](value) for name, value in parts.items()}
     save_parts(folder, parts, modules, tokenizer)
 
 
@@ -243,7 +244,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch, 
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((weights, "save_file", fail) if culprit == "save_file" else (Path, "write_text", fail)))
+        patch.setattr(*((checkpoints, "save_file", fail) if culprit == "save_file" else (Path, "write_text", fail)))
         with pytest.raises(OSError, match="No space"):
             save_again(folder, tmp_path / "new.json")
     after = load_dalle(str(folder))
@@ -264,7 +265,7 @@ def test_nothing_has_its_name_before_it_is_on_the_disk(folder, tmp_path, monkeyp
             raise OSError("No space left on device")
         sync(number)
 
-    monkeypatch.setattr(weights.os, "fsync", fail_last)
+    monkeypatch.setattr(checkpoints.os, "fsync", fail_last)
     with pytest.raises(OSError, match="No space"):
         save_again(folder, tmp_path / "new.json")
     assert load_dalle(str(folder)).sha256 == before

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_demo.data.archives import File, Skipped, UnusableError, UploadError, clean, opened
 from dalle_demo.data.captions import MAX_CAPTION, TABLES, TEXTS, Captions, some
+from dalle_demo.images import square
 
 SIDE = 512  # of a prepared picture, the longer one
 TINY = 32  # pixels of the shorter side
@@ -147,21 +148,18 @@ def split(examples: Sequence[Example], seed: int = 0) -> tuple[list[int], list[i
     return sorted(training), sorted(held_out)
 
 
-def pixels(folder: Path, examples: Sequence[Example], size: int) -> UInt8[Tensor, "N S S 3"]:
+def pixels(folder: Path, examples: Sequence[Example], size: int) -> Float[Tensor, "N 3 S S"]:
+    """The same as models take them, in [-1, 1]."""
+    return pictures(folder, examples, size).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pictures(folder: Path, examples: Sequence[Example], size: int) -> UInt8[Tensor, "N S S 3"]:
     """Pictures on white, each padded to a square about its middle and scaled to `size`."""
     stacked = np.empty((len(examples), size, size, 3), np.uint8)
     for i, example in enumerate(examples):
         with Image.open(folder / example.file) as picture:
             stacked[i] = square(picture).resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(stacked)
-
-
-def square(picture: Image.Image) -> Image.Image:
-    """RGB picture on white, padded to a square about its middle."""
-    side = max(picture.size)
-    canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(picture.convert("RGBA"), ((side - picture.width) // 2, (side - picture.height) // 2))
-    return canvas.convert("RGB")
 
 
 def fingerprint(picture: Image.Image) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from dalle_demo.checkpoints import StoredPart, stored_config
 from dalle_demo.config import GenerateParams
 from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
@@ -30,11 +31,11 @@ from dalle_demo.training import loop
 from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep
 from dalle_demo.training.loop import Plan, Workers
 from dalle_demo.training.watch import Watch, previews_of, write_json
-from dalle_demo.weights import LARGE, StoredPart, find, stored_config
+from dalle_demo.weights import LARGE, find
 
-# Steps. A LoRA step of nano takes 0.65 s of one core, so on 2 cores these stay under 2, 10 and 30 minutes with previews
-EFFORTS = {"try": 140, "balanced": 700, "thorough": 2100}
-LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}
+# Steps. A LoRA step of nano takes 0.4 s of 2 cores, so these take about 1, 3 and 10 minutes with previews
+EFFORTS = {"try": 100, "balanced": 400, "thorough": 1200}
+LEARNING_RATES = {"lora": 5e-4, "full": 2e-4}
 BATCH, LARGE_BATCH = 16, 4  # pictures a step, of small and of large decoders
 CHECKPOINTS = 10
 PROBED, PROBED_STEPS = 4, 3
@@ -133,7 +134,7 @@ def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> Non
             watch.begin(plan.steps)
             bring_data(settings, out, resume)
         workers.wait()
-        return FinetuneStage(settings, plan, out, workers)
+        return FinetuneStage(settings, plan, out, workers, tell=watch.preparing)
 
     try:
         with memory_in_words(settings.base):

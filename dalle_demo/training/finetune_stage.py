@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle_demo.checkpoints import StoredPart, save_tensors, stored_hash
 from dalle_demo.config import PARTS
 from dalle_demo.data import pairs, uploads
 from dalle_demo.engines import DalleEngine
@@ -25,7 +26,7 @@ from dalle_demo.images import from_pil, grid, to_pil
 from dalle_demo.models.packed import is_stored, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.training import lora
-from dalle_demo.training.export import read_log
+from dalle_demo.training.export import overall, read_log
 from dalle_demo.training.loop import Plan, Workers
 from dalle_demo.training.stages import (
     COND_DROP_PROB,
@@ -37,7 +38,7 @@ from dalle_demo.training.stages import (
     shared_cache,
     shuffled,
 )
-from dalle_demo.weights import Dalle, StoredPart, find, load_dalle, save_tensors, stored_hash
+from dalle_demo.weights import Dalle, find, load_dalle
 
 if TYPE_CHECKING:
     from dalle_demo.training.finetune import FinetuneSettings
@@ -63,10 +64,17 @@ class FinetuneStage:
     """Train adapters, or all weights, of a finished model on a prepared folder; the VQGAN stays as it is."""
 
     def __init__(
-        self, settings: "FinetuneSettings", plan: Plan, out: Path, workers: Workers, most_kept: int | None = None
+        self,
+        settings: "FinetuneSettings",
+        plan: Plan,
+        out: Path,
+        workers: Workers,
+        most_kept: int | None = None,
+        tell: Callable[[str, int, int], None] = lambda key, done, total: None,  # as Watch.preparing
     ):
-        self.settings, self.plan, self.out = settings, plan, out
+        self.settings, self.plan, self.out, self.tell = settings, plan, out, tell
         self.stopped = False  # on request, for good: the checkpoint that follows is one of those that may be the best
+        self.tell("model", 0, 0)
         self.folder, self.base = find(settings.base), load_dalle(settings.base)
         self.config, self.vqgan = self.base.config, self.base.vqgan.float()
         self.examples = uploads.load(out / "data")
@@ -104,17 +112,15 @@ class FinetuneStage:
 
     def pixels(self, examples: list[uploads.Example]) -> Float[Tensor, "B 3 H W"]:
         """Pictures as they are, in [-1, 1]."""
-        return self._pictures(examples).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def _pictures(self, examples: list[uploads.Example]) -> UInt8[Tensor, "B H W 3"]:
         return uploads.pixels(self.out / "data", examples, self.config.vqgan.image_size)
 
     @torch.inference_mode()
     def tokenise(self, rows: range) -> np.ndarray:
         """Tokens (B, R, N) of the renders of these pictures."""
         tokens = []
-        for i in rows:
-            (picture,) = self._pictures([self.examples[i]])
+        for done, i in enumerate(rows):
+            self.tell("tokens", done, len(rows))
+            (picture,) = uploads.pictures(self.out / "data", [self.examples[i]], self.config.vqgan.image_size)
             renders = vary(picture, RENDERS, sample_rng(self.settings.seed, i))
             tokens.append(torch.cat([self.vqgan.encode(one[None]) for one in renders]).to(torch.int32).numpy())
         return np.stack(tokens) if tokens else np.empty((0, RENDERS, self.config.vqgan.tokens), np.int32)
@@ -126,6 +132,7 @@ class FinetuneStage:
         engine = DalleEngine(self._copy_of_base(), threads=torch.get_num_threads(), form=form, device="cpu")
         tokens = np.empty((len(rows), self.config.vqgan.tokens), np.int32)
         for place, i in enumerate(rows):
+            self.tell("kept", place, len(rows))
             (last,) = engine.generate(engine.params(self.kept[i], n=1, seed=i), previews=False)
             with torch.inference_mode():
                 tokens[place] = self.vqgan.encode(from_pil(last.images))[0].numpy()
@@ -185,7 +192,7 @@ class FinetuneStage:
         return total / len(rows)
 
     def export(self, network: nn.Module, folder: Path) -> None:
-        """Write the whole model, adapters merged, if no checkpoint that counts was better on the held-out pictures."""
+        """Write the whole model, adapters merged, if no checkpoint that counts was better."""
         if not self._is_best():
             return
         parts = {part: getattr(network, part) for part in self.settings.parts}
@@ -202,8 +209,8 @@ class FinetuneStage:
     def _is_best(self) -> bool:
         """Of what was saved in between only the first is kept: whoever pauses a run gets the weights of others."""
         *before, now = read_log(self.out, "validation_loss")
-        rivals = [line["validation_loss"] for line in before if 0 < line["step"] < now["step"] and self.counts(line)]
-        better = not rivals or now["validation_loss"] < min(rivals)
+        rivals = [overall(line) for line in before if 0 < line["step"] < now["step"] and self.counts(line)]
+        better = not rivals or overall(now) < min(rivals)
         return now["step"] > 0 and better and (self.counts(now) or not rivals)
 
     def counts(self, line: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -64,6 +65,7 @@ class Job:
     wish: Literal["draft", "run", "pause", "stop"]
     asked: float  # when its owner last asked for its turn
     strength: float = 1.0  # of the adapters, when it draws
+    expected: float | None = None  # seconds that it takes in all, as estimated before its start
     trouble: str = ""  # why it cannot run
 
 
@@ -80,6 +82,7 @@ class State:
     message: str = ""  # of what failed
     notice: tuple[str, dict[str, int]] = ("early", {})  # how the training goes, as training/watch.py judges it
     ahead: int = 0  # jobs that come first
+    doing: tuple[str, dict[str, int]] | None = None  # before the first step: one of DOINGS in training/watch.py
 
 
 class Jobs:
@@ -139,8 +142,7 @@ class Jobs:
 
     def put_data(self, job: Job, folder: Path) -> None:
         """Move prepared pictures into a draft, in the place of those that it had."""
-        with self._changes:
-            self.touch(job)
+        with self.editing(job):
             shutil.rmtree(self.data(job), ignore_errors=True)
             folder.replace(self.data(job))
 
@@ -151,11 +153,18 @@ class Jobs:
                 raise JobError("job_started")
             self._write(self._fresh(job))
 
+    @contextlib.contextmanager
+    def editing(self, job: Job) -> Iterator[None]:
+        """Keep a draft from being started while it is changed; JobError when it is none any more."""
+        with self._changes:
+            self.touch(job)
+            yield
+
     def settings(self, job: Job) -> dict[str, Any]:
         """Those of the run, as training/finetune.py has them."""
         return json.loads((self.run(job) / "settings.json").read_text(encoding="utf-8"))
 
-    def start(self, job: Job, title: str, settings: dict[str, Any]) -> Job:
+    def start(self, job: Job, title: str, settings: dict[str, Any], expected: float | None = None) -> Job:
         """Put a draft into the queue; settings that are left out are those of training/finetune.py."""
         with self._changes:
             if self._fresh(job).wish != "draft":
@@ -163,7 +172,7 @@ class Jobs:
             self._refuse_too_many(job)
             path = self.run(job) / "settings.json"  # not flags, which everybody on this machine could read
             path.write_text(json.dumps(settings | {"data": str(self.data(job))}, ensure_ascii=False), encoding="utf-8")
-            started = self._change(job, title=tidy(title), wish="run", asked=time.time())
+            started = self._change(job, title=tidy(title), wish="run", asked=time.time(), expected=expected)
         self._keep()
         return started
 
@@ -180,11 +189,11 @@ class Jobs:
         return job
 
     def pause(self, job: Job) -> Job:
-        """Let a job rest after a checkpoint."""
+        """Let a job rest after a checkpoint, or at once when it has not come to its first step."""
         return self._end(job, "pause")
 
     def stop(self, job: Job) -> Job:
-        """End a job after a checkpoint, and keep what was best."""
+        """End a job after a checkpoint, or at once when it has not come to its first step, and keep what was best."""
         return self._end(job, "stop")
 
     def save(self, job: Job) -> None:
@@ -228,7 +237,7 @@ class Jobs:
             state = {"run": "waiting", "pause": "paused", "stop": "stopped"}[job.wish]
         before = self._all() if state == "waiting" else ()
         ahead = [other for other in before if self._is_waiting(other) and other.asked < job.asked]
-        notice = told.pop("notice", {"key": "early", "values": {}})
+        notice, doing = told.pop("notice", {"key": "early", "values": {}}), told.pop("doing", None)
         message = told.pop("message", "").replace(f"{self.root / job.id}{os.sep}", "")
         return State(
             state,
@@ -236,6 +245,7 @@ class Jobs:
             message=job.trouble or message,
             notice=(notice["key"], notice["values"]),
             ahead=len(ahead),
+            doing=(doing.pop("key"), doing) if doing and state == "preparing" else None,
         )
 
     def log(self, job: Job) -> list[dict[str, float]]:
@@ -267,6 +277,8 @@ class Jobs:
             self._closed.set()
             if name := self.running():
                 self._signal(signal.SIGTERM, name)
+                if job := self._read(name):
+                    log.info("the training of %s rests now: start this program again, and it goes on", job.title)
         self._wake.set()
 
     def command(self, job: Job) -> list[str]:
@@ -373,11 +385,14 @@ class Jobs:
 
     def _end(self, job: Job, wish: Literal["pause", "stop"]) -> Job:
         with self._changes:
-            if self.state(job).state in ("draft", *ENDED):
+            before = self.state(job).state
+            if before in ("draft", *ENDED):
                 return job
             job = self._change(job, wish=wish)
             if self.running() == job.id:
                 self._ask(job, wish)
+                if before == "preparing":  # it reads what it is asked after each step only
+                    self._signal(signal.SIGTERM, job.id)
         self._wake.set()
         return job
 

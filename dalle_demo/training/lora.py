@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_demo.checkpoints import WeightsError, load_adapters, save_adapters
 from dalle_demo.models.packed import StoredLinear
-from dalle_demo.weights import Dalle, WeightsError, load_adapters, save_adapters
+from dalle_demo.weights import Dalle
 
 FILE = "lora.safetensors"
 

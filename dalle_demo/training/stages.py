@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dalle_demo.checkpoints import load_part, load_tokenizer, save_parts, stored_config, stored_hash
 from dalle_demo.config import DalleConfig, TextEncoderConfig, VQGANConfig
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.pairs import WHITE, Pairs, render
@@ -34,7 +35,6 @@ from dalle_demo.training.losses import (
     generator_loss,
     token_loss,
 )
-from dalle_demo.weights import load_part, load_tokenizer, save_parts, stored_config, stored_hash
 
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels

@@ -56,15 +56,15 @@ VAE_KL_WEIGHT = 1e-3  # of the mean over latents, beside the mean over pixels
 ZOOM, SHIFT = (0.75, 1.05), 0.1  # of drawings that are moved; a shift of 1 is half a side
 MOVED_SHARE = 0.5  # of drawings; the others are seen as they are
 VIEWS = 4  # of each drawing that prior and generator see, made once: as it is, moved, and two scenes
-NOISE_KL_WEIGHT = 1e-3  # of the sum over the noise's dimensions, beside the mean over latents
+NOISE_KL_WEIGHT = 3e-3  # of the sum over the noise's dimensions, beside the mean over latents
 ADVERSARIAL_WEIGHT = 0.3  # of the discriminator's pull, where the reconstruction's is 1
 # Samples before the discriminator comes in: until the generator has learned shapes it wins at once and teaches nothing
-ADVERSARIAL_FROM = 40_000
+ADVERSARIAL_FROM = 400_000
 GRADIENT_PENALTY = 5.0
 EMBEDDING_WEIGHT = 0.2  # of the distance to CLIP's embedding of the real picture
 DRAWN_SHARE = 0.5  # of a batch for which a picture is drawn freely, beside the rebuilt ones
-DECODED_SHARE = 0.25  # of those that are decoded, to compare embeddings
-EMBEDDING_NOISE = 0.15  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
+DECODED = 4  # of those that each process decodes, to compare embeddings
+EMBEDDING_NOISE = 0.2  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
 CROWD = 4  # samples of one embedding whose distances are watched
 
 
@@ -266,7 +266,6 @@ class EmbeddedViews:
         self.tokenizer: Tokenizer = load_tokenizer(clip)
         self.made_from = {
             "--data": self.pairs.fingerprint,
-            "--preset": f"{config.prior} {config.generator}",
             "--seed": str(seed),
             "--clip": f"{stored_hash(clip, 'text_encoder')} {stored_hash(clip, 'clip')}",
         }
@@ -309,7 +308,7 @@ class PriorStage:
 
     def __init__(self, data: Path, config: UnclipConfig, clip: Path, out: Path, workers: Workers, seed: int = 0):
         self.views = EmbeddedViews(data, config, clip, out, workers, seed)
-        self.made_from, self.config = self.views.made_from, config
+        self.made_from, self.config = self.views.made_from | {"--preset": repr(config.prior)}, config
         torch.manual_seed(seed)
         self.network = PriorObjective(Prior(config.prior))
         pairs, held_out = self.views.pairs, self.views.held_out
@@ -379,8 +378,9 @@ class UnclipStage:
         self.views = EmbeddedViews(data, config, clip, out, workers, seed)
         self.config, self.seed = config, seed
         self.vae: VAE = load_part(vae, "vae")
-        self.made_from = self.views.made_from | {"--vae": stored_hash(vae, "vae")}
-        cache = out.parent / f"latents-{digest(self.made_from | {'views': str(VIEWS)})}.npy"
+        origin = self.views.made_from | {"--vae": stored_hash(vae, "vae")}
+        self.made_from = origin | {"--preset": repr(config.generator)}
+        cache = out.parent / f"latents-{digest(origin | {'views': str(VIEWS)})}.npy"
         self.latents = shared_cache(cache, len(self.views.drawings), self._encode, workers)  # (P, VIEWS, C, h, w)
         torch.manual_seed(seed)
         self.network = UnclipObjective(config, self.vae, self.views.clip)
@@ -481,6 +481,5 @@ class UnclipObjective(nn.Module):
     def _distance(self, latents: Tensor, embedding: Tensor) -> Tensor:
         """One minus the cosine between CLIP's embeddings of some of these pictures and those asked for."""
         vae, clip = self._fixed
-        few = max(1, round(DECODED_SHARE * len(latents)))
-        ours = clip.encode_image(resize(vae.decode(latents[:few]), self._size))
-        return 1 - F.cosine_similarity(ours, embedding[:few]).mean()
+        ours = clip.encode_image(resize(vae.decode(latents[:DECODED]), self._size))
+        return 1 - F.cosine_similarity(ours, embedding[:DECODED]).mean()

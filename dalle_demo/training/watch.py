@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from dalle_demo.config import DalleConfig
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import from_pil, grid
-from dalle_demo.training.export import read_log
+from dalle_demo.training.export import overall, read_log
 from dalle_demo.training.loop import Monitor, Run
 
 if TYPE_CHECKING:
@@ -29,13 +29,21 @@ THUMBNAIL = 16  # pixels
 COPY = 0.1  # distance below which a preview counts as a copy of a training picture
 PATIENCE = 3  # checkpoints without a better one
 OFTEN = 0.5  # seconds between two writings of state.json
+DOINGS = {
+    "pictures": "Reading the pictures.",
+    "model": "Loading the model.",
+    "tokens": "Turning pictures into tokens, {done} of {total}.",
+    "kept": "Drawing what the base can, so that it is not forgotten, {done} of {total}.",
+    "previews": "Drawing the first previews, {done} of {total}.",
+}
 NOTICES = {
     "early": "It is too early to say more.",
-    "learning": "Going well: held-out pictures are predicted better than ever.",
-    "waiting": "Held-out pictures were predicted best at step {best}, which is kept; that often changes again.",
-    "worse": "Worse than the base so far: held-out pictures were predicted better before the training.",
-    "by_heart": "Held-out pictures were predicted best at step {best}, {count} checkpoints ago: by now it learns your "
-    "pictures by heart. Step {best} is kept; you can stop.",
+    "learning": "Going well: pictures trained on and held out are, taken together, predicted better than ever.",
+    "waiting": "Pictures trained on and held out were, taken together, predicted best at step {best}, which is kept; "
+    "that often changes again.",
+    "worse": "Worse than the base so far: pictures were predicted better before the training.",
+    "by_heart": "Pictures trained on and held out were, taken together, predicted best at step {best}, {count} "
+    "checkpoints ago: by now it learns your pictures by heart. Step {best} is kept; you can stop.",
     "copies": "{share} % of the samples of a prompt that it has never seen are copies of your pictures: it has learned "
     "them by heart. More pictures or fewer steps help; step {best} is kept.",
     "nothing_held_out": "There are too few different pictures to hold any out, so nothing can tell learning from "
@@ -67,12 +75,12 @@ def judge(lines: Sequence[Mapping[str, Any]], copies: float, held_out: int) -> N
     after_start = [line for line in lines if line["step"] > 0]
     if not after_start:
         return Notice("early")
-    losses = [line["validation_loss"] for line in after_start]
+    losses = [overall(line) for line in after_start]
     best, last = losses.index(min(losses)), len(losses) - 1
     values = {"best": after_start[best]["step"], "count": last - best}
     if copies >= 0.5:
         return Notice("copies", values | {"share": round(100 * copies)})
-    if losses[best] > lines[0]["validation_loss"]:
+    if losses[best] > overall(lines[0]):
         return Notice("worse", values)
     if last - best >= PATIENCE:
         return Notice("by_heart", values)
@@ -92,7 +100,13 @@ class Watch(Monitor):
         self.began, self.steps = True, steps
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "ask.taken").unlink(missing_ok=True)  # of a process that was killed
-        self._tell("preparing", "Reading the pictures.")
+        self.preparing("pictures")
+
+    def preparing(self, key: str, done: int = 0, total: int = 0) -> None:
+        """Tell what is being done before the first step: one of DOINGS."""
+        if self.began:
+            doing = {"key": key, "done": done, "total": total}
+            self._tell("preparing", DOINGS[key].format(**doing), doing)
 
     def stepped(self, run: Run) -> bool:
         """Do what was asked for, and tell the step."""
@@ -121,7 +135,14 @@ class Watch(Monitor):
     def checking(self, run: Run) -> None:
         """Draw the previews and say how it goes."""
         self.step = run.step
-        copies = draw_previews(run.stage, run.ema, run.step, self.out / "previews")
+
+        def drawn(done: int, total: int) -> None:
+            if run.step == 0:
+                if run.stopping:  # there is nothing to lose yet, and the rest may take minutes
+                    raise KeyboardInterrupt("stopped before the first step")
+                self.preparing("previews", done, total)
+
+        copies = draw_previews(run.stage, run.ema, run.step, self.out / "previews", drawn)
         lines = [line for line in read_log(self.out, "validation_loss") if run.stage.counts(line)]
         self.notice = judge(lines, copies, run.stage.held_out_pictures)
         self._tell("running", str(self.notice))
@@ -135,7 +156,7 @@ class Watch(Monitor):
         if self.step >= self.steps:
             for name in ("ask", "ask.taken"):
                 (self.out / name).unlink(missing_ok=True)
-            self._tell("done", f"The best by held-out pictures is in {self.out / 'weights'}.")
+            self._tell("done", f"The best checkpoint is in {self.out / 'weights'}.")
         elif self.word == "stop":
             self._tell("stopped", "What was best until now is kept.")
         else:
@@ -147,13 +168,13 @@ class Watch(Monitor):
             stopped = isinstance(error, KeyboardInterrupt)
             self._tell("paused" if stopped else "failed", str(error) or type(error).__name__)
 
-    def _tell(self, state: str, message: str) -> None:
+    def _tell(self, state: str, message: str, doing: Mapping[str, Any] | None = None) -> None:
         left = None
         if self.start and self.step > self.start[0]:
             pace = (time.monotonic() - self.start[1]) / (self.step - self.start[0])
             left = round((self.steps - self.step) * pace, 1)
         told = {"state": state, "step": self.step, "steps": self.steps, "seconds_left": left, "message": message}
-        write_json(self.out / "state.json", told | {"notice": vars(self.notice)})
+        write_json(self.out / "state.json", told | {"notice": vars(self.notice), "doing": doing})
         self.told = time.monotonic()
 
 
@@ -181,13 +202,23 @@ def is_prompt(caption: str) -> bool:
     return any(c.isalnum() for c in caption) and len(caption) <= 1000
 
 
-def draw_previews(stage: "FinetuneStage", network: torch.nn.Module, step: int, folder: Path) -> float:
-    """Write STEP.png, a row for each prompt, and STEP.json; returns the share of copies among the unseen ones."""
+def draw_previews(
+    stage: "FinetuneStage",
+    network: torch.nn.Module,
+    step: int,
+    folder: Path,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Write STEP.png, a row for each prompt, and STEP.json; returns the share of copies among the unseen ones.
+
+    `tell` is called before each row, with the pictures that are drawn and the number of all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     n, rows, pictures = previews_a_prompt(stage.config), [], []
     engine = DalleEngine(stage.model(network), threads=torch.get_num_threads(), device="cpu")
     known = thumbnails_of(stage)
     for kind, prompt in prompts_of(stage).items():
+        tell(len(pictures), previews_of(stage.config))
         (last,) = engine.generate(engine.params(prompt, n=n, seed=SEED), previews=False)
         pictures += last.images
         distances, nearest = distance(thumbnails(from_pil(last.images)), known).min(1)

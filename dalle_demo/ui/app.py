@@ -10,6 +10,7 @@ from dalle_demo.ui.generate import SLIDERS, GenerateTab
 from dalle_demo.ui.strings import TITLE, translations
 from dalle_demo.ui.theme import CSS, JS, theme
 from dalle_demo.ui.train import TrainTab
+from dalle_demo.ui.unclip import UnclipTab
 
 HOUR = 3600  # seconds
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         with gr.Tabs(selected="generate", elem_id="tabs") as tabs:
             with gr.Tab(i18n("tab_generate"), id="generate"):
                 tab = GenerateTab(shelf, i18n, page)
+            with gr.Tab(i18n("tab_unclip"), id="unclip"):
+                UnclipTab(shelf, i18n, tab, tabs)
             with gr.Tab(i18n("tab_train"), id="train"):
                 TrainTab(shelf, i18n, page, tab.models, tabs, owner)
         tab.models.footer.render()

@@ -112,6 +112,8 @@ class GenerateTab:
                     buttons=["download", "download_all", "fullscreen"],
                     elem_id="gallery",
                 )
+                self.selected = gr.State(0)  # number of the picture that is looked at
+                self.vary = gr.Button(t("vary"), size="sm", visible=False, elem_id="vary")  # of the DALL-E 2 tab
                 self.status = gr.Markdown(elem_id="status")
             with gr.Column(elem_id="settings"):
                 self.models = ModelChoice(self.shelf, t)
@@ -159,7 +161,8 @@ class GenerateTab:
                 concurrency_limit=1,
                 concurrency_id="engine",
             )
-            drawn.success(self.finish, [self.models.model], [*buttons, self.models.footer], preprocess=False, **hidden)
+            told = [*buttons, self.models.footer, self.models.notice]
+            drawn.success(self.finish, [self.models.model], told, preprocess=False, **hidden)
             drawn.failure(self.fail, None, [*buttons, self.status], **hidden)
         self.stop.click(self.press_stop, **hidden)
 
@@ -198,7 +201,7 @@ class GenerateTab:
         with; a seed is drawn. `model` is the one that the server was started with unless another is named.
 
         Returns:
-            pictures with captions, the seed of the first one, and a sentence on the state of the run.
+            pictures with captions, the seed of the request, and a sentence on the state of the run.
         """
         flag, language = self.runs.enter(request.session_hash), language_of(request)
         try:
@@ -209,7 +212,7 @@ class GenerateTab:
 
     def finish(self, request: gr.Request, model: str) -> tuple:
         """Give the Generate button back, unless the next run has been asked for meanwhile."""
-        return *_buttons(running=request.session_hash in self.runs), self.models.described(request, model)
+        return *_buttons(running=request.session_hash in self.runs), *self.models.described(request, model)
 
     def fail(self, request: gr.Request) -> tuple:
         """Give the Generate button back after an error, or when the queue was full."""
@@ -234,6 +237,9 @@ class GenerateTab:
                     yield gr.skip(), gr.skip(), say("stopped", language)
                 else:
                     yield from self._stream(engine, params, stop, language)
+        except ParamError as error:  # for which the model would need what is not here
+            log.info("refused a request: %s", error.__cause__ or error)
+            raise gr.Error(_explain(error, language), print_exception=False) from error
         except ShelfError as error:
             log.warning("%s could not be loaded: %s", entry.title, error.__cause__ or error)
             sentence = html.escape(say("load_failed", language, model=entry.title, reason=error), quote=False)
@@ -243,10 +249,11 @@ class GenerateTab:
         self, engine: DalleEngine, params: GenerateParams, stop: threading.Event, language: str
     ) -> Iterator[tuple]:
         start, shown, update, preview = time.monotonic(), 0.0, None, None
+        params = params.seeded()
         with closing(engine.generate(params, stop)) as updates:
             for update in updates:
                 if update.final:
-                    summary = _summary(engine, params, update.seeds[0], time.monotonic() - start, language)
+                    summary = _summary(engine, params, time.monotonic() - start, language)
                     yield from _save(engine, update, params, summary)
                     return
                 if time.monotonic() - shown >= 1 / FRAMES_PER_SECOND:
@@ -254,12 +261,12 @@ class GenerateTab:
                     drawing = say("drawing", language, percent=_percent(update))
                     pictures = gr.skip() if update.images is preview else _captioned(update.images, update)
                     preview = update.images  # large models make few; the same one is not sent again
-                    yield pictures, update.seeds[0], drawing
+                    yield pictures, params.seed, drawing
         if update is None:
             yield gr.skip(), gr.skip(), say("stopped", language)
         else:
-            at = say("stopped_at", language, percent=_percent(update), seed=update.seeds[0])
-            yield _captioned(update.images, update), update.seeds[0], at
+            at = say("stopped_at", language, percent=_percent(update), seed=params.seed)
+            yield _captioned(update.images, update), params.seed, at
 
     def _checked(self, settings: dict[str, Any], language: str) -> tuple[Entry, GenerateParams]:
         """Model and request made of the page's or a caller's values; RefusedError where one is unusable."""
@@ -293,13 +300,13 @@ def _save(engine: DalleEngine, update: Update, params: GenerateParams, summary: 
     """Show the pictures as PNG files, which gradio has copied to its cache by the time it asks for more."""
     with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
         stem = Path(folder, slug(params.prompt))
-        paths = save_each(update.images, update.seeds, dataclasses.asdict(params), engine.origin, stem)
-        yield _captioned(paths, update), update.seeds[0], summary
+        paths = save_each(update.images, update.seeds, params.alone(), engine.origin, stem)
+        yield _captioned(paths, update), params.seed, summary
 
 
-def _summary(engine: DalleEngine, params: GenerateParams, seed: int, seconds: float, language: str) -> str:
-    key = "one" if params.n == 1 else "many"
-    done = say(key, language, model=engine.name, n=params.n, seconds=seconds, each=seconds / params.n, seed=seed)
+def _summary(engine: DalleEngine, params: GenerateParams, seconds: float, language: str) -> str:
+    n, key = params.drawn, "one" if params.drawn == 1 else "many"
+    done = say(key, language, model=engine.name, n=n, seconds=seconds, each=seconds / n, seed=params.seed)
     notice = engine.left_out(params.prompt)
     return done if notice is None else f"{done} {say(notice.key, language, **vars(notice))}"
 
@@ -326,7 +333,10 @@ def _buttons(running: bool) -> tuple[gr.Button, gr.Button]:
 
 
 def _captioned(pictures: list, update: Update) -> list[tuple]:
-    return [(picture, f"seed {seed}") for picture, seed in zip(pictures, update.seeds, strict=True)]
+    captions = [f"seed {seed}" for seed in update.seeds]
+    if update.scores is not None:
+        captions = [f"{caption}, match {score:.2f}" for caption, score in zip(captions, update.scores, strict=True)]
+    return list(zip(pictures, captions, strict=True))
 
 
 def _percent(update: Update) -> int:

@@ -29,6 +29,7 @@ class ModelChoice:
     def __init__(self, shelf: Shelf, t: gr.I18n):
         self.shelf = shelf
         self.own: Callable[[gr.Request], list[str]] = lambda request: []  # names of the visitor's own models
+        self.training: Callable[[], bool] = lambda: False  # whether one takes its share of the processor
         self._cancels: dict[str, threading.Event] = {}  # of the download that each browser session waits for
         self.chosen, self.offered = gr.State(shelf.home), gr.State("")
         names = shelf.names()
@@ -41,6 +42,7 @@ class ModelChoice:
             filterable=False,
             elem_id="model",
         )
+        self.notice = gr.Markdown(visible=False, elem_id="notice")
         with gr.Column(visible=False, elem_id="offer") as self.panel:
             self.text = gr.HTML(elem_id="offer_text")
             with gr.Row():
@@ -66,7 +68,8 @@ class ModelChoice:
         )
         self.dismiss.click(lambda: gr.Column(visible=False), None, self.panel, queue=False, **quiet)
         self.cancel.click(self.press_cancel, None, None, queue=False, **quiet)
-        self.arrived = page.load(self.arrive, [self.chosen], [self.model, self.footer], queue=False, **quiet)
+        told = [self.model, self.footer, self.notice]
+        self.arrived = page.load(self.arrive, [self.chosen], told, queue=False, **quiet)
         page.unload(self.press_cancel)
 
     def arrive(self, request: gr.Request, chosen: str) -> tuple:
@@ -74,7 +77,7 @@ class ModelChoice:
         language = language_of(request)
         choices = self.choices(request)
         model = gr.Dropdown(choices, value=chosen, visible=len(choices) > 1)
-        return model, self._footer(chosen, language)
+        return model, self._footer(chosen, language), self.noticed(request)
 
     def choose(self, request: gr.Request, wanted: str, chosen: str) -> dict:
         """Select a model that is here, with its own settings; offer one that is not."""
@@ -125,9 +128,13 @@ class ModelChoice:
         if cancel := self._cancels.get(request.session_hash):
             cancel.set()
 
-    def described(self, request: gr.Request, model: str) -> str:
-        """Page's last line, once more is known of a model."""
-        return self._footer(model, language_of(request))
+    def described(self, request: gr.Request, model: str) -> tuple[str, gr.Markdown]:
+        """Page's last line, once more is known of a model, and whether anything slows it down."""
+        return self._footer(model, language_of(request)), self.noticed(request)
+
+    def noticed(self, request: gr.Request) -> gr.Markdown:
+        """Why drawing takes longer than it says."""
+        return gr.Markdown(say("while_training", language_of(request)), visible=self.training())
 
     def select(self, request: gr.Request, entry: Entry) -> dict:
         """Show a model that is here, with its own settings."""
@@ -163,8 +170,9 @@ class ModelChoice:
 
     def choices(self, request: gr.Request) -> list[tuple[str, str]]:
         """Models that the visitor can choose from, and the line of each."""
-        entries = [*self.shelf.models(), *filter(None, map(self.shelf.find, self.own(request)))]
-        return [(_label(entry, language_of(request)), entry.name) for entry in entries]
+        language, own = language_of(request), filter(None, map(self.shelf.find, self.own(request)))
+        public = [(_label(entry, language), entry.name) for entry in self.shelf.models()]
+        return public + [(_label(entry, language, own=True), entry.name) for entry in own]
 
     def _footer(self, model: str, language: str) -> str:
         return footer(self.shelf.title(model), self.shelf.facts(model), language)
@@ -217,14 +225,16 @@ def facts(entry: Entry, language: str) -> dict[str, str]:
         "memory": megabytes(entry.memory),
         "room": megabytes(entry.room or 0),
         "seconds": duration(entry.seconds, language),
-        "licence": entry.licence if named else say("own_licence", language),
+        "licence": entry.licence if named else say("licence_in_card", language),
     }
 
 
-def _label(entry: Entry, language: str) -> str:
-    """Line of the dropdown."""
+def _label(entry: Entry, language: str, own: bool = False) -> str:
+    """Line of the dropdown; the visitor's own models have no licence yet."""
     if not entry.fits:
         return say("label_too_big", language, **facts(entry, language))
+    if own:
+        return say("label_own", language, **facts(entry, language))
     return say("label_here" if entry.here else "label_away", language, **facts(entry, language))
 
 

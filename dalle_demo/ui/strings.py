@@ -8,8 +8,8 @@ shows in English.
 import dataclasses
 from typing import Any
 
-from dalle_demo.config import GenerateParams
-from dalle_demo.engines import LEFT_OUT
+from dalle_demo.config import GenerateParams, UnclipParams
+from dalle_demo.turns import LEFT_OUT
 
 TITLE = "dalle_demo"
 EXAMPLES = [
@@ -20,6 +20,22 @@ EXAMPLES = [
     "一朵粉红色的花",
     "蓝色的鱼",
 ]
+
+# Settings by name; those that both kinds of request have read as the DALL-E models' do
+SETTINGS = {spec.name: spec for kind in (UnclipParams, GenerateParams) for spec in dataclasses.fields(kind)}
+
+# Word that asks the models for a style -> the same in Chinese, as in the captions that they learned from
+STYLES = {
+    "shaded": "立体阴影",
+    "flat": "扁平",
+    "minimal": "简约",
+    "glossy": "光泽",
+    "retro": "复古",
+    "3d": "3D",
+    "cartoon": "卡通",
+    "bold": "粗犷",
+    "outlined": "描边",
+}
 
 LABELS = {
     "en": {
@@ -49,7 +65,7 @@ LABELS = {
         "consent": "I may use these pictures. They stay on the computer that serves this page, only this browser sees "
         "them, and they are deleted with the training: when you say so, or after 30 days (1 day if never started).",
         "captions_help": "**Captions** say what is to be seen; they are saved as you type. A picture without one is "
-        "left out.",
+        "left out. Another upload takes the place of these pictures.",
         "title": "Name of the model",
         "title_placeholder": "my mascot",
         "effort": "How long?",
@@ -73,7 +89,7 @@ LABELS = {
         "text_encoder_help": "For words that the model does not know. It forgets more.",
         "automatic": "automatic",
         "train_seed": "Seed",
-        "train_seed_help": "The same pictures, settings and seed make the same model.",
+        "train_seed_help": "The same pictures, settings and seed make the same model. Empty: 0.",
         "start": "Start training",
         "pause": "Pause",
         "resume": "Go on",
@@ -104,6 +120,46 @@ LABELS = {
         "push": "Push to the Hub",
         "delete": "Delete",
         "delete_sure": "Delete for good, pictures included",
+        "tab_unclip": "DALL·E 2",
+        "unclip_intro": "Move a slider, type a word: the pictures follow at once. Click a picture to go on from it.",
+        "unclip_honest": "As in OpenAI's DALL·E 2, words become an embedding, a prior turns that into the embedding of "
+        "a picture, and a generator draws it. OpenAI's draws by diffusion, in many steps; this one in a single pass, "
+        "with a VAE and a GAN: coarser, but as fast as a slider moves.",
+        "unclip_missing": "The weights of the DALL·E 2 model are not on this computer (`weights/unclip-nano` and "
+        "`weights/clip-nano`): with them, this tab draws pictures that follow the sliders.",
+        "section": "What would you like to do?",
+        "section_words": "From words",
+        "section_variations": "Variations",
+        "section_blend": "Blend",
+        "section_edit": "Edit by words",
+        "section_walk": "Walk",
+        "style": "Style",
+        "style_any": "any",
+        **{f"style_{word}": word for word in STYLES},
+        "unclip_guidance_scale_help": UnclipParams.__dataclass_fields__["guidance_scale"].metadata["help"],
+        "second_prompt": "Blend with a second prompt",
+        "second": "Second prompt",
+        "second_placeholder": "a green pear",
+        "share": "From the first prompt to the second",
+        "change": "Change by words",
+        "change_from": "From",
+        "change_from_placeholder": "a cat",
+        "change_to": "To",
+        "change_to_placeholder": "a cat with glasses",
+        "change_strength": "Strength of the change",
+        "source": "Picture",
+        "other": "Second picture",
+        "blend": "From the first picture to the second",
+        "distance": "Distance",
+        "distance_help": "0 gives the picture back as well as the model can; 1 keeps only what it shows.",
+        "frames": "Frames",
+        "frames_help": "More of them make a longer walk, and take longer to draw.",
+        "noise_help": "Which noise to draw from.",
+        "dice": "🎲 New noise",
+        "keep_noise": "Keep this noise",
+        "keep_noise_help": "Untick for new noise each time you press Enter in the prompt.",
+        "vary": "Variations of this picture",
+        "lost": "The server does not answer. If it stays like this, load the page again.",
     },
     "zh": {
         "subtitle": "写下想看的画面，DALL·E 家族的模型就在这台电脑上为你画出来。",
@@ -130,7 +186,7 @@ LABELS = {
         "upload": "带说明的图片：图片、同名文本或表格，或者它们的 zip 压缩包",
         "consent": "我有权使用这些图片。它们只留在提供本页面的电脑上，只有这个浏览器能看到，并随训练一起删除："
         "由你删除，或在 30 天之后（从未开始的为 1 天）。",
-        "captions_help": "**说明**写画面里有什么，输入即保存。没有说明的图片不参加训练。",
+        "captions_help": "**说明**写画面里有什么，输入即保存。没有说明的图片不参加训练。再次上传会取代这些图片。",
         "title": "模型名称",
         "title_placeholder": "我的吉祥物",
         "effort": "训练多久？",
@@ -153,7 +209,7 @@ LABELS = {
         "text_encoder_help": "用于模型不认识的词。遗忘会更多。",
         "automatic": "自动",
         "train_seed": "种子",
-        "train_seed_help": "图片、设置和种子都相同，得到的模型就相同。",
+        "train_seed_help": "图片、设置和种子都相同，得到的模型就相同。留空为 0。",
         "start": "开始训练",
         "pause": "暂停",
         "resume": "继续",
@@ -184,6 +240,47 @@ LABELS = {
         "push": "推送到 Hub",
         "delete": "删除",
         "delete_sure": "彻底删除，包括图片",
+        "tab_unclip": "DALL·E 2",
+        "unclip_intro": "拖动滑块、改一个字，图片立刻跟着变。点一张图片，就从它继续。",
+        "unclip_honest": "与 DALL·E 2 一样：文字先变成 CLIP 的嵌入，先验模型由它得到图片的嵌入，生成器再画出来。"
+        "OpenAI 的 DALL·E 2 用扩散模型分许多步来画；这里用 VAE 和 GAN 一步画成：粗一些，但和滑块一样快。",
+        "unclip_missing": "这台电脑上没有 DALL·E 2 模型的权重（`weights/unclip-nano` 和 `weights/clip-nano`）："
+        "有了它们，这一页的图片就会随滑块变化。",
+        "section": "想做什么？",
+        "section_words": "由文字生成",
+        "section_variations": "变体",
+        "section_blend": "融合",
+        "section_edit": "用文字修改",
+        "section_walk": "漫步",
+        "style": "风格",
+        "style_any": "不限",
+        **{f"style_{word}": chinese for word, chinese in STYLES.items()},
+        "truncation": "变化幅度",
+        "truncation_help": "生成器噪声的大小：越低越稳妥，0 画出平均的图片。",
+        "unclip_guidance_scale_help": "先验模型贴合描述的程度；1 为关闭，过高会使图片彼此雷同。",
+        "second_prompt": "与第二个描述融合",
+        "second": "第二个描述",
+        "second_placeholder": "一个绿色的梨",
+        "share": "从第一个描述到第二个",
+        "change": "用文字改变",
+        "change_from": "从",
+        "change_from_placeholder": "一只猫",
+        "change_to": "变成",
+        "change_to_placeholder": "一只戴眼镜的猫",
+        "change_strength": "改变的强度",
+        "source": "图片",
+        "other": "第二张图片",
+        "blend": "从第一张图片到第二张",
+        "distance": "距离",
+        "distance_help": "0 尽量还原原图；1 只保留画的是什么。",
+        "frames": "帧数",
+        "frames_help": "越多，漫步越长，画的时间也越长。",
+        "noise_help": "所用噪声的编号。",
+        "dice": "🎲 换一份噪声",
+        "keep_noise": "保留这份噪声",
+        "keep_noise_help": "取消勾选后，每次在描述框里按回车都换一份噪声。",
+        "vary": "这张图片的变体",
+        "lost": "服务器没有回应。如果一直这样，请重新打开页面。",
         "n": "张数",
         "n_help": "一次画几张。",
         "seed": "种子",
@@ -196,6 +293,8 @@ LABELS = {
         "top_p_help": "每一步舍弃累计概率之外的图块；1 为关闭。",
         "guidance_scale": "引导强度",
         "guidance_scale_help": "贴合描述的程度；1 为关闭，过高会使画面粗糙。",
+        "candidates": "候选",
+        "candidates_help": "先画这么多张，再展示 CLIP 认为最接近描述的；0 为关闭。",
     },
 }
 
@@ -214,7 +313,9 @@ SENTENCES = {
         "label_here": "{model}: {seconds} a picture, {licence}",
         "label_away": "{model}: {seconds} a picture, {licence}, {size} download",
         "label_too_big": "{model}: needs {memory} of memory, too much here",
-        "own_licence": "own licence",
+        "label_own": "{model}: {seconds} a picture, trained by you",
+        "licence_in_card": "licence: see its model card",
+        "while_training": "A training is running on this computer: drawing takes longer.",
         "offer": "{model} is not on this computer yet: {size} download, {licence}, about {seconds} a picture here, "
         "needs {memory} of memory.",
         "under_way": " It is being downloaded already.",
@@ -265,10 +366,18 @@ SENTENCES = {
         "measuring": "Measuring how long it takes here…",
         "plan_time": "About {time} here, {steps} steps, {memory} of memory.",
         "plan_memory": "That is more memory than is free ({room}): close other programs.",
+        "no_memory": "Not started: it needs {memory} of memory, and {room} are free. Close other programs, or choose a "
+        "smaller model to start from.",
+        "unknown_words": "Words that {model} does not know, and reads letter by letter or not at all: {words}. It can "
+        "learn the name of your own thing; for anything else, take common words.",
         "plan_failed": "It cannot be trained: {reason}",
         "need_pictures": "Upload pictures first.",
         "need_captions": "Type a caption for at least one picture.",
         "need_consent": "Tick that you may use the pictures.",
+        "need_estimate": "It can start once it is measured how long it takes here.",
+        "need_other_plan": "It cannot be trained as it is; the reason stands above.",
+        "draft_kept": "You have a training that is not started yet. It is kept: another upload takes the place of its "
+        "pictures.",
         "ready": "Ready.",
         "caption_lost": "The caption was not saved: {reason}",
         "job_unknown": "There is no such training in this browser any more; load the page again.",
@@ -280,7 +389,12 @@ SENTENCES = {
         "untitled": "Training {number}",
         "state_waiting": "Waiting: {ahead} before it. You may close this page; it starts by itself.",
         "state_waiting_next": "It starts in a moment. You may close this page.",
-        "state_preparing": "Getting ready: reading the pictures, loading the model…",
+        "state_preparing": "Getting ready: starting the program…",
+        "doing_pictures": "Getting ready: reading the pictures…",
+        "doing_model": "Getting ready: loading the model…",
+        "doing_tokens": "Getting ready: turning pictures into tokens, {done} of {total}…",
+        "doing_kept": "Getting ready: drawing what the model can, so that it is not forgotten, {done} of {total}…",
+        "doing_previews": "Getting ready: drawing the first previews, {done} of {total}…",
         "state_running": "Training. You may close this page and come back.",
         "state_pausing": "Pausing after this step…",
         "state_paused": "Paused. It can go on where it was.",
@@ -293,6 +407,7 @@ SENTENCES = {
         "programs, then go on, or choose a smaller model.",
         "not_started": "it could not be started here; the server's log says why.",
         "progress": "Step {step} of {steps}",
+        "progress_expected": "About {time} in all",
         "progress_pace": "{pace} pictures a second",
         "progress_left": "{time} left",
         "short_draft": "not started",
@@ -306,12 +421,13 @@ SENTENCES = {
         "short_done": "done",
         "short_failed": "failed",
         "watch_early": "It is too early to say more.",
-        "watch_learning": "Going well: held-out pictures are predicted better than ever.",
-        "watch_waiting": "Held-out pictures were predicted best at step {best}, which is kept; that often changes "
-        "again.",
-        "watch_worse": "Worse than the base so far: held-out pictures were predicted better before the training.",
-        "watch_by_heart": "Held-out pictures were predicted best at step {best}, {count} checkpoints ago: by now it "
-        "learns your pictures by heart. Step {best} is kept; you can stop.",
+        "watch_learning": "Going well: pictures trained on and held out are, taken together, predicted better "
+        "than ever.",
+        "watch_waiting": "Pictures trained on and held out were, taken together, predicted best at step {best}, which "
+        "is kept; that often changes again.",
+        "watch_worse": "Worse than the base so far: pictures were predicted better before the training.",
+        "watch_by_heart": "Pictures trained on and held out were, taken together, predicted best at step {best}, "
+        "{count} checkpoints ago: by now it learns your pictures by heart. Step {best} is kept; you can stop.",
         "watch_copies": "{share} % of the samples of a prompt that it has never seen are copies of your pictures: it "
         "has learned them by heart. More pictures or fewer steps help; step {best} is kept.",
         "watch_nothing_held_out": "There are too few different pictures to hold any out, so nothing can tell learning "
@@ -333,6 +449,10 @@ SENTENCES = {
         "drawing_before": "Drawing before…",
         "drawing_after": "Drawing after…",
         "compared": "The same seeds, from {seed} on.",
+        "stop_now": "Stop",
+        "stop_keep": "Stop and keep the best",
+        "base_not_drawn": "{base} is here to be trained, not to draw: only the tuned model was drawn. With LoRA, "
+        "strength 0 is the model from before.",
         "base_gone": "{base} is not on this computer any more: only the tuned model was drawn.",
         "renamed": "Renamed.",
         "deleted": "Deleted.",
@@ -341,6 +461,21 @@ SENTENCES = {
         "push_failed": "Not pushed: {reason}",
         "need_token": "Give a repository (your name/model) and your own access token.",
         "bad_setting": "Not started: {reason}",
+        "unclip_first": "a smiling cat",
+        "drawn_words": "{model} drew {n} pictures in {time}, seeds {first} to {last}.",
+        "drawn_variations": "{model} drew {n} variations in {time}, further from the picture row by row.",
+        "drawn_blend": "{model} drew the blend in {time}; left and right, the two pictures as it sees them.",
+        "drawn_edit": "{model} drew the change in {time}; on the left, the picture as it sees it.",
+        "drawn_walk": "{model} drew {n} frames in {time}; the walk ends where it began.",
+        "milliseconds": "{n:.0f} ms",
+        "pick": "Go on from this picture",
+        "save": "Save",
+        "need_source": "Choose a picture, or click one that was made here.",
+        "need_two": "Choose two pictures: the blend lies between them.",
+        "need_change": "Type what the picture should become, for example “a cat with glasses”.",
+        "picture_gone": "This picture is not kept any more: choose it again.",
+        "bad_picture": "Not used: the picture {reason}.",
+        "bad_value": "Not drawn. {reason}",
     },
     "zh": {
         "waiting": "正在排队……",
@@ -360,7 +495,9 @@ SENTENCES = {
         "label_here": "{model}：每张 {seconds}，{licence}",
         "label_away": "{model}：每张 {seconds}，{licence}，需下载 {size}",
         "label_too_big": "{model}：需要 {memory} 内存，这台电脑不够",
-        "own_licence": "自有许可",
+        "label_own": "{model}：每张 {seconds}，由你训练",
+        "licence_in_card": "许可见其模型卡",
+        "while_training": "这台电脑上正在训练：画图会慢一些。",
         "offer": "{model} 还不在这台电脑上：需下载 {size}，{licence}，在这里每张约 {seconds}，占用 {memory} 内存。",
         "under_way": "已经在下载了。",
         "meanwhile": "在此之前由 {model} 来画。",
@@ -407,10 +544,16 @@ SENTENCES = {
         "measuring": "正在测量在这里需要多久……",
         "plan_time": "在这里约 {time}，{steps} 步，占用 {memory} 内存。",
         "plan_memory": "可用内存只有 {room}，不够：请关闭其他程序。",
+        "no_memory": "没有开始：需要 {memory} 内存，只剩 {room} 可用。请关闭其他程序，或选择小一些的起点模型。",
+        "unknown_words": "{model} 不认识这些词，只能逐字节地读，或者读不了：{words}。你自己的名字它可以学会；"
+        "其他的请用常见的词。",
         "plan_failed": "无法训练：{reason}",
         "need_pictures": "请先上传图片。",
         "need_captions": "请至少给一张图片写上说明。",
         "need_consent": "请勾选你有权使用这些图片。",
+        "need_estimate": "测出在这里需要多久之后就可以开始。",
+        "need_other_plan": "这样无法训练，原因见上。",
+        "draft_kept": "你有一个尚未开始的训练，已为你保留：再次上传会取代它的图片。",
         "ready": "准备好了。",
         "caption_lost": "说明没有保存：{reason}",
         "job_unknown": "这个浏览器里已经没有这个训练了，请重新打开页面。",
@@ -422,7 +565,12 @@ SENTENCES = {
         "untitled": "训练 {number}",
         "state_waiting": "正在排队：前面还有 {ahead} 个。可以关闭本页面，它会自动开始。",
         "state_waiting_next": "马上开始。可以关闭本页面。",
-        "state_preparing": "正在准备：读取图片，载入模型……",
+        "state_preparing": "正在准备：启动程序……",
+        "doing_pictures": "正在准备：读取图片……",
+        "doing_model": "正在准备：载入模型……",
+        "doing_tokens": "正在准备：把图片变成词元，{done} / {total}……",
+        "doing_kept": "正在准备：画出模型已会的东西，以免遗忘，{done} / {total}……",
+        "doing_previews": "正在准备：画最初的预览，{done} / {total}……",
         "state_running": "正在训练。可以关闭本页面，稍后再来。",
         "state_pausing": "完成这一步后暂停……",
         "state_paused": "已暂停，可以从原处继续。",
@@ -434,6 +582,7 @@ SENTENCES = {
         "killed": "进程几次无声结束，多半是内存不足。请关闭其他程序后继续，或选择小一些的模型。",
         "not_started": "在这台电脑上无法启动，原因见服务器日志。",
         "progress": "第 {step} 步，共 {steps} 步",
+        "progress_expected": "全程约 {time}",
         "progress_pace": "每秒 {pace} 张图片",
         "progress_left": "还需 {time}",
         "short_draft": "未开始",
@@ -447,10 +596,11 @@ SENTENCES = {
         "short_done": "完成",
         "short_failed": "失败",
         "watch_early": "现在下结论还太早。",
-        "watch_learning": "进展顺利：对留出图片的预测好于以往。",
-        "watch_waiting": "对留出图片的预测以第 {best} 步为最好，已保留；之后常常还会变好。",
-        "watch_worse": "目前还不如基础模型：训练之前对留出图片的预测更好。",
-        "watch_by_heart": "对留出图片的预测以第 {best} 步为最好，已过去 {count} 个检查点：现在它在死记你的图片。"
+        "watch_learning": "进展顺利：训练图片与留出图片合起来，预测好于以往。",
+        "watch_waiting": "训练图片与留出图片合起来，预测以第 {best} 步为最好，已保留；之后常常还会变好。",
+        "watch_worse": "目前还不如基础模型：训练之前的预测更好。",
+        "watch_by_heart": "训练图片与留出图片合起来，预测以第 {best} 步为最好，已过去 {count} 个检查点："
+        "现在它在死记你的图片。"
         "第 {best} 步已保留，可以停止了。",
         "watch_copies": "对一个没有学过的描述，{share} % 的样本是你图片的翻版：它已经死记硬背。"
         "多一些图片或少一些步数会有帮助；第 {best} 步已保留。",
@@ -472,6 +622,9 @@ SENTENCES = {
         "drawing_before": "正在画训练之前……",
         "drawing_after": "正在画训练之后……",
         "compared": "种子相同，从 {seed} 开始。",
+        "stop_now": "停止",
+        "stop_keep": "停止并保留最好的",
+        "base_not_drawn": "{base} 在这里只用于训练，不用来画图：只画了训练后的模型。用 LoRA 时，强度 0 即为训练之前。",
         "base_gone": "{base} 已经不在这台电脑上：只画了训练后的模型。",
         "renamed": "已改名。",
         "deleted": "已删除。",
@@ -480,6 +633,21 @@ SENTENCES = {
         "push_failed": "没有推送：{reason}",
         "need_token": "请填写仓库（你的名字/模型）和你自己的访问令牌。",
         "bad_setting": "没有开始：{reason}",
+        "unclip_first": "一只微笑的猫",
+        "drawn_words": "{model} 画了 {n} 张图片，用时 {time}，种子 {first} 至 {last}。",
+        "drawn_variations": "{model} 画了 {n} 个变体，用时 {time}，逐行离原图更远。",
+        "drawn_blend": "{model} 画出融合，用时 {time}；左右两张是它所见的原图。",
+        "drawn_edit": "{model} 画出改变，用时 {time}；左边是它所见的原图。",
+        "drawn_walk": "{model} 画了 {n} 帧，用时 {time}；漫步的终点就是起点。",
+        "milliseconds": "{n:.0f} 毫秒",
+        "pick": "从这张图片继续",
+        "save": "保存",
+        "need_source": "请选择一张图片，或点一张这里画的。",
+        "need_two": "请选择两张图片：融合在它们之间。",
+        "need_change": "请写下图片应当变成什么，例如“一只戴眼镜的猫”。",
+        "picture_gone": "这张图片已经不在了，请重新选择。",
+        "bad_picture": "没有采用，图片的问题：{reason}",
+        "bad_value": "没有画。{reason}",
     },
 }
 
@@ -508,15 +676,14 @@ def megabytes(size: int) -> str:
 
 def label(field: str, accept_language: str) -> str:
     """Name of a setting as the page shows it in the visitor's language."""
-    spec = GenerateParams.__dataclass_fields__[field]
-    own = LABELS[_language(accept_language)].get(field)
-    return own or spec.metadata.get("label") or field.capitalize()
+    own = LABELS[_language(accept_language)].get(field) or LABELS["en"].get(field)
+    return own or SETTINGS[field].metadata.get("label") or field.capitalize()
 
 
 def translations() -> dict[str, dict[str, str]]:
     """Texts of every label per language, as `gr.I18n` wants them."""
     fields = {}
-    for spec in dataclasses.fields(GenerateParams):
+    for spec in SETTINGS.values():
         if spec.metadata:
             fields |= {spec.name: spec.metadata["label"], f"{spec.name}_help": spec.metadata["help"]}
     english = fields | LABELS["en"]

@@ -8,7 +8,7 @@ CSS = """
 .gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important; }
 #heading { gap: 0; }
 #heading h1 { font-size: 1.75rem; letter-spacing: -.02em; margin: .5rem 0 0; }
-#heading p, #status p, #footer p { color: var(--body-text-color-subdued); }
+#heading p, #status p, #notice p, #footer p { color: var(--body-text-color-subdued); }
 #studio {
   display: grid; gap: 16px 20px;
   grid-template-areas: "compose result" "settings result"; grid-template-rows: auto 1fr;
@@ -43,7 +43,9 @@ CSS = """
 #offer progress::-webkit-progress-value { background: var(--primary-600); }
 #offer progress::-moz-progress-bar { background: var(--primary-600); }
 #status { min-height: 1.75rem; }
+#notice p { margin: 0; font-size: .85rem; }
 #status p { font-variant-numeric: tabular-nums; }
+[data-testid=status-tracker].hide { display: none; } /* else screen readers say the seconds of each event */
 footer { gap: 1rem; }
 footer .divider { display: none; } /* on a phone gradio leaves out what it would part */
 #footer p { text-align: center; font-size: .8rem; }
@@ -52,10 +54,12 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 #trainings_row button, #delete_row button { flex: 0 0 auto; }
 #delete_row { justify-content: flex-end; }
 #consent { padding-block: 10px; }
+#draft:has(.card) #upload { height: 104px !important; min-height: 0 !important; }
+#words p { margin: 0; }
 #train p { margin: 0 0 .4rem; }
 #train details { margin: .2rem 0; }
 #train details ul { margin: .2rem 0 .4rem; padding-left: 1.4rem; list-style: disc; overflow-wrap: anywhere; }
-#report, #captions, #train_status, #reconstruction, #previews { padding: 0 !important; }
+#report, #captions, #words, #train_status, #reconstruction, #previews { padding: 0 !important; }
 #report p.failed, #train_status p.failed { color: var(--error-text-color); }
 .cards {
   display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr));
@@ -82,9 +86,10 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 #train_status progress::-moz-progress-bar { background: var(--primary-600); }
 #train_status .figures { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
 #train_buttons button { flex: 0 1 auto; min-width: 110px; }
-#reconstruction figure { margin: 0; overflow-x: auto; }
-#reconstruction figcaption { color: var(--body-text-color-subdued); font-size: .85rem; }
-#reconstruction img { max-width: none; height: 200px; }
+#reconstruction figure { margin: 0; }
+#reconstruction figcaption { margin-top: 4px; color: var(--body-text-color-subdued); font-size: .85rem; }
+#reconstruction .pairs { display: flex; flex-wrap: wrap; gap: 4px; }
+#reconstruction img { height: 200px; }
 #previews section { margin: 0 0 1rem; }
 #previews .pairs { display: flex; flex-wrap: wrap; gap: 10px; }
 #previews .pair { position: relative; width: 112px; }
@@ -94,11 +99,51 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
   position: absolute; top: 4px; left: 4px; padding: 0 6px; border-radius: var(--radius-sm); font-size: .75rem;
   color: white; background: var(--neutral-700);
 }
-#previews .strip { display: flex; gap: 4px; margin-top: 6px; overflow-x: auto; }
-#previews .strip img { width: 56px; height: 56px; flex: none; }
+#previews .strip { display: flex; flex-wrap: wrap; gap: 4px; margin-top: 6px; }
+#previews .strip img { width: 56px; height: 56px; }
 #compare { gap: 12px; }
 #compare .heading p { font-weight: 600; }
 #before .caption-label, #tuned .caption-label { display: none; }
+#unclip {
+  display: grid; gap: 12px 20px;
+  grid-template-areas: "top top" "controls result" "honest honest"; grid-template-rows: auto 1fr auto;
+  grid-template-columns: minmax(300px, 1fr) minmax(320px, min(56%, 100vh - 220px));
+}
+#unclip_top { grid-area: top; gap: 8px; }
+#unclip_controls { grid-area: controls; }
+#unclip_controls > * { flex-grow: 0; }
+#unclip_dice { align-self: end; }
+#unclip_result { grid-area: result; position: sticky; top: 8px; align-self: start; gap: 0; }
+#unclip_honest { grid-area: honest; }
+#unclip_top, #unclip_controls, #unclip_result { min-width: 0 !important; }
+#unclip_intro p, #unclip_honest p, #stage p { color: var(--body-text-color-subdued); }
+#unclip_honest p { font-size: .85rem; }
+#unclip_lost { display: none; }
+#stage { padding: 0 !important; }
+#stage p { min-height: 1.5rem; margin: 8px 0 0; font-variant-numeric: tabular-nums; }
+#stage p.failed { color: var(--error-text-color); }
+.wall { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; align-items: center; }
+.wall[data-section=variations] { grid-template-columns: repeat(4, 1fr); gap: 6px; }
+.wall[data-section=blend] { grid-template-columns: 1fr 2fr 1fr; }
+.wall[data-section=edit] { grid-template-columns: 1fr 2fr; }
+.wall[data-section=walk] { grid-template-columns: 1fr; }
+.wall.stale { opacity: .45; }
+.wall figure { position: relative; margin: 0; }
+.wall .pick {
+  display: block; width: 100%; padding: 0; aspect-ratio: 1; overflow: hidden; cursor: pointer;
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); background: var(--neutral-100);
+}
+.wall .pick:hover, .wall .pick:focus-visible { outline: 2px solid var(--primary-600); }
+.wall img { display: block; width: 100%; height: 100%; margin: 0; border-radius: 0; }
+.wall img:not([src]) { visibility: hidden; }
+.wall .save {
+  position: absolute; top: 6px; right: 6px; width: 28px; height: 28px; padding: 0; border: 0; border-radius: 50%;
+  line-height: 1; color: white; background: rgb(30 41 59 / .45); cursor: pointer;
+}
+.wall .save:hover, .wall .save:focus-visible { background: rgb(30 41 59 / .9); }
+.wall[data-section=variations] .save { width: 20px; height: 20px; font-size: .75rem; }
+.wall figure:has(img:not([src])) .save { display: none; }
+.wall figcaption { font-size: .75rem; text-align: center; color: var(--body-text-color-subdued); }
 @media (max-width: 767px) {
   #reconstruction img { height: 120px; }
   #previews .pair, #previews .pair img { width: 70px; }
@@ -106,6 +151,9 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
   #studio { grid-template: "compose" "result" "settings" / 100%; }
   #gallery .grid-wrap { height: auto; }
   #status { order: -1; } /* above the pictures, in sight */
+  #unclip { display: flex; } /* in a grid of one column the pictures could not stay in sight */
+  #unclip_result { top: 0; z-index: 5; width: 100%; padding-bottom: 6px; background: var(--body-background-fill); }
+  .wall { max-width: 46vh; margin: 0 auto; } /* the slider below stays in sight */
 }
 """
 

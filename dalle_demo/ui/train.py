@@ -18,24 +18,25 @@ import gradio as gr
 
 from dalle_demo.config import ParamError
 from dalle_demo.images import slug
-from dalle_demo.shelf import Shelf, ShelfError, free_memory
+from dalle_demo.shelf import Shelf, ShelfError
 from dalle_demo.ui import train_views as views
 from dalle_demo.ui.models import ModelChoice, language_of
-from dalle_demo.ui.strings import duration, megabytes, say
+from dalle_demo.ui.strings import megabytes, say
+from dalle_demo.ui.train_plan import EFFORTS, Plans, efforts, seconds_of, steps_of
 
 if TYPE_CHECKING:
     from dalle_demo.training.jobs import Job, Jobs
 
-EFFORTS = ("try", "balanced", "thorough")
 ACTIVE = ("waiting", "preparing", "running", "pausing", "stopping")
 BUTTONS = {  # that make sense in a state
-    "pause": ("waiting", "preparing", "running"),
+    "pause": ("waiting", "running"),
     "resume": ("paused", "failed"),
     "save_now": ("running",),
-    "stop_training": ("waiting", "preparing", "running", "paused"),
+    "stop_training": ("waiting", "preparing", "running", "pausing", "paused"),
 }
 COLOURS = ("#047857", "#d97706", "#a7c4b9")  # training, validation, each value
 SAMPLES = 4  # pictures before, and as many after
+EMPTY: Any = ""  # of a number: gradio's page makes a 0 of None
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class TrainTab:
         self.shelf, self.models, self.tabs = shelf, models, tabs
         self.jobs = open_jobs()
         self._owners: dict[str, str] = {}  # of browser sessions
-        self._measured: dict[tuple, Any] = {}  # estimates, by what they depend on
+        self.plans = Plans(shelf, self.jobs)
         self.owner = owner
         self.viewed, self.seen = gr.State(""), gr.State({})
         self.timer = gr.Timer(1.0, active=False)
@@ -62,18 +63,18 @@ class TrainTab:
             self._lay_out_draft(t)
             self._lay_out_run(t)
             self._lay_out_after(t)
-        models.own = self.own
+        models.own, models.training = self.own, lambda: self.jobs.running() is not None
         self._wire(page)
 
     def _lay_out_draft(self, t: gr.I18n) -> None:
         """Pictures, captions and the plan."""
         with gr.Column(visible=False, elem_id="draft") as self.draft:  # until it is known whose it is
             self.upload = gr.File(label=t("upload"), file_count="multiple", height=190, elem_id="upload")
-            self.consent = gr.Checkbox(False, label=t("consent"), elem_id="consent")
             self.report = gr.HTML(elem_id="report")
             with gr.Column(visible=False, elem_id="prepared") as self.prepared:
                 gr.Markdown(t("captions_help"))
                 self.captions = gr.HTML(js_on_load=views.SAVE_CAPTIONS, elem_id="captions")
+                self.words = gr.HTML(elem_id="words")
                 with gr.Row():
                     self.title = gr.Textbox(
                         label=t("title"), placeholder=t("title_placeholder"), max_length=60, elem_id="title"
@@ -88,6 +89,7 @@ class TrainTab:
                 with gr.Accordion(t("advanced"), open=False, elem_id="train_advanced"):
                     self._lay_out_advanced(t)
                 self.plan = gr.Markdown(elem_id="plan")
+            self.consent = gr.Checkbox(False, label=t("consent"), elem_id="consent")
             self.start = gr.Button(t("start"), variant="primary", interactive=False, elem_id="start")
             self.hint = gr.Markdown(elem_id="hint")
 
@@ -106,22 +108,25 @@ class TrainTab:
             )
         with gr.Row():
             self.steps = gr.Number(
-                None,
-                precision=0,
+                EMPTY,
                 label=t("steps"),
                 info=t("steps_help"),
                 placeholder=t("automatic"),
                 elem_id="steps",
             )
             self.rate = gr.Number(
-                None,
+                EMPTY,
                 label=t("learning_rate"),
                 info=t("learning_rate_help"),
                 placeholder=t("automatic"),
                 elem_id="learning_rate",
             )
             self.seed = gr.Number(
-                0, precision=0, label=t("train_seed"), info=t("train_seed_help"), elem_id="train_seed"
+                EMPTY,
+                label=t("train_seed"),
+                info=t("train_seed_help"),
+                placeholder=t("automatic"),
+                elem_id="train_seed",
             )
 
     def _lay_out_run(self, t: gr.I18n) -> None:
@@ -189,43 +194,35 @@ class TrainTab:
         """Connect the events; those that must keep their order share the queue named `captions`."""
         me, at_once = [self.owner, self.viewed], QUIET | {"queue": False}
         in_order = QUIET | {"concurrency_limit": 1, "concurrency_id": "captions"}
-        readiness = [self.start, self.hint]
-        planned = [self.effort, self.plan]
+        planned = [self.effort, self.plan, self.words, self.start, self.hint]
         self.everything = [
-            *(self.viewed, self.seen, self.timer, self.chooser, self.picker, self.draft, self.upload, self.report),
-            *(self.prepared, self.captions, self.title, self.prompt, *planned, *readiness, self.run, self.status),
+            *(self.viewed, self.seen, self.timer, self.chooser, self.picker, self.new, self.draft, self.upload),
+            *(self.report, self.prepared, self.captions, self.title, self.prompt, *planned, self.run, self.status),
             *(*self.buttons.values(), self.reconstruction, self.losses, self.plot, self.previews, self.after),
             *(self.compare_prompt, self.strength, self.compared, self.pairs, self.new_title, self.zip, self.told),
-            *(self.delete_row, self.delete, self.delete_sure, self.models.model, self.base),
+            *(self.delete_row, self.delete, self.delete_sure, self.models.model, self.models.notice, self.base),
         ]
         looks = [self.raw, self.logarithmic]
-        probed = [*me, self.effort, self.steps, self.base, self.method, self.text_encoder, self.rank]
+        probed = [*me, self.consent, self.effort, self.steps, self.base, self.method, self.text_encoder, self.rank]
         probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
 
-        arrived = page.load(self.arrive, [self.owner, self.consent], [self.owner, *self.everything], **at_once)
+        arrived = page.load(self.arrive, [self.owner], [self.owner, *self.everything], **at_once)
         self.models.arrived.then(self.offer_own, [self.owner], self.models.model, **at_once)
-        read = self.upload.upload(
-            self.prepare, [*me, self.upload, self.consent], self.everything, **QUIET, concurrency_limit=2
-        )
-        for event in (arrived, read):
+        read = self.upload.upload(self.prepare, [*me, self.upload], self.everything, **QUIET, concurrency_limit=2)
+        picked = self.picker.input(self.pick, [self.owner, self.picker], self.everything, **at_once)
+        renewed = self.new.click(self.renew, [self.owner], self.everything, **at_once)
+        for event in (arrived, read, picked, renewed):
             event.then(self.estimate, probed, planned, **probing)
-        for choice in (self.base, self.method, self.text_encoder):
-            choice.input(self.estimate, probed, planned, **probing)
-        self.rank.release(self.estimate, probed, planned, **probing)
-        for choice in (self.effort, self.steps):
+        for choose in (self.base.input, self.method.input, self.text_encoder.input, self.rank.release):
+            chosen = choose(self.show_plan, probed, planned, **at_once)
+            chosen.then(self.estimate, probed, planned, **probing)
+        for choice in (self.effort, self.steps, self.consent):
             choice.input(self.show_plan, probed, planned, **at_once)
         self.captions.input(self.save_caption, me, None, trigger_mode="multiple", **in_order).then(
-            self.show_readiness, [*me, self.consent], readiness, trigger_mode="multiple", **at_once
+            self.show_plan, probed, planned, trigger_mode="multiple", **at_once
         )
-        self.consent.input(self.show_readiness, [*me, self.consent], readiness, **at_once)
-        plan = [self.title, self.effort, self.prompt, self.base, self.method, self.rank, self.steps, self.rate]
-        self.start.click(
-            self.begin, [*me, self.consent, *plan, self.text_encoder, self.seed], self.everything, **in_order
-        )
-        self.picker.input(self.pick, [self.owner, self.picker, self.consent], self.everything, **at_once).then(
-            self.estimate, probed, planned, **probing
-        )
-        self.new.click(self.pick, [self.owner, gr.State(""), self.consent], self.everything, **at_once)
+        plan = [self.title, *probed[3:], self.prompt, self.rate, self.seed]
+        self.start.click(self.begin, [*me, self.consent, *plan], self.everything, **in_order)
         for name, button in self.buttons.items():
             button.click(getattr(self, f"press_{name}"), [*me, *looks], self.everything, **at_once)
         self.timer.tick(self.poll, [*me, self.seen, *looks], self.everything, **at_once)
@@ -252,21 +249,21 @@ class TrainTab:
             concurrency_limit=4,
         )
         self.delete.click(lambda: gr.Button(visible=True), None, self.delete_sure, **at_once)
-        deleted = self.delete_sure.click(self.press_delete, [*me, self.consent], self.everything, **at_once)
+        deleted = self.delete_sure.click(self.press_delete, me, self.everything, **at_once)
         for event in (compared, renamed, deleted):
             event.then(self.follow, [self.owner, self.models.chosen], self.models.shown, **at_once)
         page.unload(self.leave)
 
     # the visitor's jobs
 
-    def arrive(self, request: gr.Request, owner: str, consent: bool) -> dict:
+    def arrive(self, request: gr.Request, owner: str) -> dict:
         """Show the newest job of the visitor, if there is one; give a new visitor a secret."""
         from dalle_demo.training.jobs import new_owner
 
         owner = owner if isinstance(owner, str) and owner else new_owner()
         self._owners[request.session_hash] = owner
         job = next(iter(self.jobs.of(owner)), None)
-        return {self.owner: owner} | self._view(request, owner, job, consent)
+        return {self.owner: owner} | self._view(request, owner, job)
 
     def offer_own(self, request: gr.Request, owner: str) -> gr.Dropdown:
         """Put the visitor's models among those of the Generate tab."""
@@ -299,10 +296,16 @@ class TrainTab:
             return self.models.select(request, self.shelf.find(now))
         return {self.models.model: gr.Dropdown(self.models.choices(request), value=now)}
 
-    def pick(self, request: gr.Request, owner: str, name: str, consent: bool) -> dict:
-        """Show another job, or an empty form."""
-        job = self._job(request, owner, name) if name else None
-        return self._view(request, owner, job, consent)
+    def pick(self, request: gr.Request, owner: str, name: str) -> dict:
+        """Show another job."""
+        return self._view(request, owner, self._job(request, owner, name))
+
+    def renew(self, request: gr.Request, owner: str) -> dict:
+        """Show the draft, of which a visitor has one, or an empty form."""
+        job = next((job for job in self.jobs.of(owner) if job.wish == "draft"), None)
+        if job is not None and self.plans.pictures(job):
+            gr.Info(say("draft_kept", language_of(request)))
+        return self._view(request, owner, job)
 
     def _adopt(self, job: "Job") -> str:
         """Put a tuned model on the shelf; its name there, which nobody can guess."""
@@ -343,7 +346,7 @@ class TrainTab:
 
     # what the page shows
 
-    def _view(self, request: gr.Request, owner: str, job: "Job | None", consent: bool = False) -> dict:
+    def _view(self, request: gr.Request, owner: str, job: "Job | None", told: str = "") -> dict:
         """All of the tab for a job, or for none yet."""
         language, jobs = language_of(request), self.jobs.of(owner)
         draft = job is None or job.wish == "draft"
@@ -353,6 +356,7 @@ class TrainTab:
             self.seen: {},
             self.chooser: gr.Row(visible=bool(jobs)),
             self.picker: gr.Dropdown(choices, value=job.id if job else None),
+            self.new: gr.Button(visible=not draft),
             self.draft: gr.Column(visible=draft),
             self.run: gr.Column(visible=not draft),
             self.after: gr.Column(visible=False),
@@ -360,33 +364,33 @@ class TrainTab:
             self.delete_sure: gr.Button(visible=False),
             self.upload: None,
             self.timer: gr.Timer(active=False),
+            self.models.notice: self.models.noticed(request),
         }
         if draft:
-            return shown | self._view_draft(request, job, consent)
+            return shown | self._view_draft(request, job, told)
         outcome = {self.compared: "", self.pairs: gr.Row(visible=False), self.zip: gr.DownloadButton(visible=False)}
         return shown | outcome | {self.told: ""} | self._changes(request, owner, job, {})
 
-    def _view_draft(self, request: gr.Request, job: "Job | None", consent: bool, told: str = "") -> dict:
-        """The form, with the pictures that have been uploaded."""
+    def _view_draft(self, request: gr.Request, job: "Job | None", told: str) -> dict:
+        """The form, with the pictures that have been uploaded; `estimate` and `show_plan` say whether it can start."""
         language, report, cards = language_of(request), "", ""
-        if job is not None and (folder := self._prepared(job)):
+        if job is not None and (folder := self.plans.pictures(job)):
             from dalle_demo.data import uploads
 
             examples = uploads.load(folder)
             training, held_out = uploads.split(examples)
             report = views.report_of(uploads.load_report(folder), (len(training), len(held_out)), language)
             cards = views.cards_of(folder, examples, language)
-        start, hint = self._readiness(job, consent, language)
-        efforts = [(say(f"effort_{effort}", language), effort) for effort in EFFORTS]
         return {
             self.base: gr.Dropdown(list(self.shelf.trainable())),  # some may have been pulled since
             self.report: told + report,
             self.prepared: gr.Column(visible=bool(cards)),
             self.captions: cards,
-            self.effort: gr.Radio(efforts),
+            self.effort: gr.Radio(efforts(None, language)),
             self.plan: "",
-            self.start: start,
-            self.hint: hint,
+            self.words: "",
+            self.start: gr.Button(interactive=False),
+            self.hint: "" if cards else say("need_pictures", language),
         }
 
     def _changes(
@@ -397,7 +401,7 @@ class TrainTab:
         lines, previews, weights = self.jobs.log(job), self.jobs.previews(job), self.jobs.weights(job)
         pace = next((line["images_per_second"] for line in reversed(lines) if "images_per_second" in line), None)
         facts = {
-            "status": views.progress_of(state, pace, weights is not None, language),
+            "status": views.progress_of(state, pace, job.expected, weights is not None, language),
             "state": [state.state, job.title, weights is not None],
             "plot": [len(lines), raw, logarithmic],
             "reconstruction": (run / "reconstruction.png").exists(),
@@ -422,7 +426,12 @@ class TrainTab:
         language = language_of(request)
         choices = [(self._line(other, language), other.id) for other in self.jobs.of(owner)]
         changes = {button: gr.Button(visible=state in BUTTONS[name]) for name, button in self.buttons.items()}
+        begun = state not in ("waiting", "preparing")
         changes |= {
+            self.buttons["stop_training"]: gr.Button(
+                say("stop_keep" if begun else "stop_now", language), visible=state in BUTTONS["stop_training"]
+            ),
+            self.models.notice: self.models.noticed(request),
             self.timer: gr.Timer(active=state in ACTIVE),
             self.picker: gr.Dropdown(choices, value=job.id),
             self.after: gr.Column(visible=weights is not None),
@@ -466,9 +475,7 @@ class TrainTab:
 
     # before the start
 
-    def prepare(
-        self, request: gr.Request, owner: str, name: str, files: list[str] | None, consent: bool
-    ) -> Iterator[dict]:
+    def prepare(self, request: gr.Request, owner: str, name: str, files: list[str] | None) -> Iterator[dict]:
         """Read what was uploaded; the files themselves are deleted."""
         from dalle_demo.data import uploads
         from dalle_demo.training.jobs import JobError
@@ -479,20 +486,24 @@ class TrainTab:
             job = self._job(request, owner, name) if name else None
             if job is None or job.wish != "draft":
                 job = self.jobs.create(owner)
+                if self.plans.pictures(job):  # of another tab: to be replaced where it is seen only
+                    raise JobError("draft_kept")
             self._owners[request.session_hash] = owner
             with tempfile.TemporaryDirectory(dir=self.jobs.run(job), ignore_cleanup_errors=True) as folder:
                 uploads.prepare(sources, Path(folder, "data"))
                 self.jobs.put_data(job, Path(folder, "data"))
-            self._measured = {key: value for key, value in self._measured.items() if key[0] != job.id}
-        except JobError as error:  # started or deleted meanwhile
-            raise _refusal(error, request) from error
-        except (uploads.UploadError, OSError) as error:
+            self.plans.forget(job)
+        except (JobError, uploads.UploadError, OSError) as error:
             log.info("refused an upload: %s", type(error).__name__)
-            failed = _paragraph(say("upload_failed", language, reason=_without_folders(error, sources)), failed=True)
-            yield self._view(request, owner, job, consent) | self._view_draft(request, job, consent, failed)
+            if isinstance(error, JobError):  # started or deleted meanwhile, or `draft_kept`
+                failed = say(error.key, language, **error.values)
+                job = next((one for one in self.jobs.of(owner) if job and one.id == job.id), None)
+            else:
+                failed = say("upload_failed", language, reason=_without_folders(error, sources))
+            yield self._view(request, owner, job, _paragraph(failed, failed=True))
         else:
             title = sources[0].stem if len(sources) == 1 else ""
-            yield self._view(request, owner, job, consent) | {self.title: title.replace("_", " ")}
+            yield self._view(request, owner, job) | {self.title: title.replace("_", " ")}
         finally:
             for source in sources:
                 source.unlink(missing_ok=True)
@@ -504,131 +515,92 @@ class TrainTab:
 
         job, language = self._job(request, owner, name), language_of(request)
         try:
-            if job.wish == "draft":  # what is trained on does not change any more
-                self.jobs.touch(job)
+            with self.jobs.editing(job):
                 uploads.save_captions(self.jobs.data(job), {str(event.file): str(event.caption)})
         except JobError as error:
             raise _refusal(error, request) from error
         except (uploads.UploadError, OSError) as error:
             raise gr.Error(say("caption_lost", language, reason=_safe(error)), print_exception=False) from error
 
-    def show_readiness(self, request: gr.Request, owner: str, name: str, consent: bool) -> tuple:
-        """Say what is missing before training can start."""
-        job = self._job(request, owner, name) if name else None
-        return self._readiness(job, consent, language_of(request))
-
-    def _readiness(self, job: "Job | None", consent: bool, language: str) -> tuple[gr.Button, str]:
-        missing = self._missing(job, consent)
-        return gr.Button(interactive=missing is None), say(missing or "ready", language)
-
-    def _missing(self, job: "Job | None", consent: bool) -> str | None:
-        """Key of the sentence that says what is missing."""
-        folder = self._prepared(job) if job is not None else None
-        if folder is None:
-            return "need_pictures"
-        from dalle_demo.data import uploads
-
-        if not any(example.caption for example in uploads.load(folder)):
-            return "need_captions"
-        return None if consent else "need_consent"
-
-    def _prepared(self, job: "Job") -> Path | None:
-        """Folder of the pictures of a job, if there are any."""
-        folder = self.jobs.data(job)
-        return folder if (folder / "examples.jsonl").exists() else None
-
-    def estimate(
-        self,
-        request: gr.Request,
-        owner: str,
-        name: str,
-        effort: str,
-        steps: float | None,
-        base: str,
-        method: str,
-        text_encoder: bool,
-        rank: float,
-    ) -> Iterator[tuple]:
+    def estimate(self, request: gr.Request, owner: str, name: str, *plan: Any) -> Iterator[dict]:
         """Measure how long training takes here, unless that is known, and show it."""
-        job = self._job(request, owner, name) if name else None
-        if job is None or job.wish != "draft" or not self._prepared(job):
-            yield gr.skip(), gr.skip()
+        job, (_, _, _, *settings) = self._draft(request, owner, name), plan
+        if job is None:
+            yield {self.plan: gr.skip()}
             return
-        key, language = self._measurement(job, base, method, text_encoder, rank), language_of(request)
-        if key not in self._measured:
-            yield gr.skip(), say("measuring", language)
-            from dalle_demo.training import finetune
-
-            data = self.jobs.data(job)
-            try:
-                preset = self.shelf.trainable().get(base, str(base))
-                settings = finetune.FinetuneSettings(
-                    preset, str(data), method=method, text_encoder=text_encoder, rank=int(rank)
-                )
-                self._measured[key] = finetune.probe(settings, data)
-            except (ValueError, OSError) as error:
-                yield gr.skip(), say("plan_failed", language, reason=_safe(error))
-                return
-        yield self.show_plan(request, owner, name, effort, steps, base, method, text_encoder, rank)
-
-    def _measurement(self, job: "Job", *settings: Any) -> tuple:
-        """What an estimate depends on: the settings, and the pictures."""
-        from dalle_demo.data import uploads
-
-        folder = self.jobs.data(job)
-        return job.id, *settings, uploads.load_report(folder).used, (folder / "report.json").stat().st_mtime_ns
+        known = self.plans.measured(job, *settings)
+        if known is None or isinstance(known, str):  # what failed may succeed now
+            self.plans.forget(job, *settings)
+            yield self.show_plan(request, owner, name, *plan)
+            self.plans.measure(job, *settings)
+        yield self.show_plan(request, owner, name, *plan)
 
     def show_plan(
         self,
         request: gr.Request,
         owner: str,
         name: str,
+        consent: bool,
         effort: str,
-        steps: float | None,
+        steps: float | str | None,
+        base: str,
         *settings: Any,
-    ) -> tuple:
-        """Time and memory of each effort, once they are measured."""
-        language, job = language_of(request), self._job(request, owner, name) if name else None
-        if job is None or not self._prepared(job):
-            return gr.skip(), gr.skip()
-        measured = self._measured.get(self._measurement(job, *settings))
-        if measured is None:
-            return gr.skip(), gr.skip()
-        from dalle_demo.training.finetune import EFFORTS as STEPS
+    ) -> dict:
+        """Time of each effort and memory, once they are measured, and what is missing before training can start."""
+        language, job = language_of(request), self._draft(request, owner, name)
+        if job is None:
+            return {self.plan: gr.skip()}
+        measured = self.plans.measured(job, base, *settings)
+        missing = self.plans.missing(job, consent, measured)
+        return {
+            self.effort: gr.Radio(efforts(measured, language)),
+            self.plan: _safe(self.plans.described(measured, steps_of(effort, steps), language)),
+            self.words: views.words_of(self.plans.unknown_words(job, base), base, language),
+            self.start: gr.Button(interactive=missing is None),
+            self.hint: say(missing or "ready", language),
+        }
 
-        def seconds(count: float) -> float:
-            return measured.seconds + (count - STEPS["balanced"]) * measured.seconds_per_step
-
-        def line(effort: str) -> str:
-            time = duration(seconds(STEPS[effort]), language)
-            return say("effort_about", language, effort=say(f"effort_{effort}", language), time=time)
-
-        count, room = int(steps or STEPS[effort]), free_memory()
-        time, memory = duration(seconds(count), language), megabytes(measured.memory)
-        plan = say("plan_time", language, time=time, steps=count, memory=memory)
-        if room is not None and room < measured.memory:
-            plan += " " + say("plan_memory", language, room=megabytes(room))
-        return gr.Radio([(line(effort), effort) for effort in EFFORTS]), plan
+    def _draft(self, request: gr.Request, owner: str, name: str) -> "Job | None":
+        """The job that the page shows, if it has pictures and is not started."""
+        job = self._job(request, owner, name) if name else None
+        return job if job is not None and job.wish == "draft" and self.plans.pictures(job) else None
 
     def begin(
-        self, request: gr.Request, owner: str, name: str, consent: bool, title: str, effort: str, *settings: Any
+        self,
+        request: gr.Request,
+        owner: str,
+        name: str,
+        consent: bool,
+        title: str,
+        effort: str,
+        steps: float | str | None,
+        base: str,
+        method: str,
+        text_encoder: bool,
+        rank: float,
+        prompt: str,
+        rate: float | str | None,
+        seed: float | str | None,
     ) -> dict:
         """Start, or put into the queue."""
         from dalle_demo.training.finetune import FinetuneSettings
 
         job, language = self._job(request, owner, name), language_of(request)
-        if missing := self._missing(job, consent):
+        measured = self.plans.measured(job, base, method, text_encoder, rank)
+        if missing := self.plans.missing(job, consent, measured):
             raise gr.Error(say(missing, language), print_exception=False)
-        names = ("prompt", "base", "method", "rank", "steps", "learning_rate", "text_encoder", "seed")
-        given = dict(zip(names, settings, strict=True)) | {"effort": effort}
-        given |= {"base": self.shelf.trainable().get(given["base"], given["base"]), "prompt": given["prompt"].strip()}
-        given |= {key: int(given[key]) for key in ("rank", "steps", "seed") if given[key] is not None}
-        given = {key: value for key, value in given.items() if value is not None}
-        given |= {"steps": given.get("steps") or None, "learning_rate": given.get("learning_rate") or None}
+        if room := self.plans.shortage(measured):
+            reason = say("no_memory", language, memory=megabytes(measured.memory), room=room)
+            raise gr.Error(reason, print_exception=False)
+        given = {"base": self.plans.preset(base), "effort": effort, "method": method, "text_encoder": text_encoder}
+        given |= {"rank": int(rank), "prompt": prompt.strip()}
+        given |= {"steps": int(steps)} if steps else {}
+        given |= {"learning_rate": rate} if rate else {}
+        given |= {"seed": int(seed)} if seed else {}
         try:
             FinetuneSettings(**given, data=str(self.jobs.data(job)))
-            count = len(self.jobs.of(owner))
-            job = self.jobs.start(job, title.strip() or say("untitled", language, number=count), given)
+            title = title.strip() or say("untitled", language, number=len(self.jobs.of(owner)))
+            job = self.jobs.start(job, title, given, seconds_of(measured, steps_of(effort, steps)))
         except ValueError as error:
             raise _refusal(error, request) from error
         return self._view(request, owner, job)
@@ -672,8 +644,8 @@ class TrainTab:
         language, job = language_of(request), self._job(request, owner, name)
         tuned = self._tuned(request, self.jobs.set_strength(job, float(strength)))
         preset = self.jobs.settings(job)["base"]
-        drawable = self.shelf.names()
-        base = next((one for one, at in self.shelf.trainable().items() if at == preset and one in drawable), None)
+        known = next((one for one, at in self.shelf.trainable().items() if at == preset), None)
+        base = known if known in self.shelf.names() else None  # some are there to be trained only
         try:
             yield say("drawing_before", language), gr.Row(visible=True), gr.skip(), gr.skip()
             before = self._draw(base, prompt) if base else []
@@ -684,8 +656,8 @@ class TrainTab:
         except ShelfError as error:
             reason = say("load_failed", language, model=job.title, reason=error)
             raise gr.Error(_safe(reason), print_exception=False) from error
-        gone = say("base_gone", language, base=Path(preset).name)
-        yield say("compared", language, seed=1) if base else gone, gr.skip(), before, after
+        key = "compared" if base else "base_not_drawn" if known else "base_gone"
+        yield say(key, language, seed=1, base=Path(preset).name), gr.skip(), before, after
 
     def _draw(self, model: str, prompt: str) -> list[Any]:
         with self.shelf.lend(model, threading.Event()) as engine:
@@ -747,7 +719,7 @@ class TrainTab:
         if licence.strip():
             export.set_licence(self._weights(job), licence.strip())
 
-    def press_delete(self, request: gr.Request, owner: str, name: str, consent: bool) -> dict:
+    def press_delete(self, request: gr.Request, owner: str, name: str) -> dict:
         """Leave nothing of the job."""
         job = self._job(request, owner, name)
         self.jobs.delete(job)
@@ -755,7 +727,7 @@ class TrainTab:
             if adopted.startswith(f"{job.id}@"):
                 self.shelf.drop(adopted)
         gr.Info(say("deleted", language_of(request)))
-        return self._view(request, owner, next(iter(self.jobs.of(owner)), None), consent)
+        return self._view(request, owner, next(iter(self.jobs.of(owner)), None))
 
 
 def open_jobs() -> "Jobs":

@@ -13,7 +13,9 @@ from PIL import Image
 from dalle_demo.ui.strings import duration, say
 
 CARDS = 200  # captions on the page
+WORDS = 12  # unknown ones that are named
 THUMBNAIL = 160  # pixels
+GAP = 2  # pixels between the pictures of a sheet that `images.grid` has laid out
 
 # A caption is saved a moment after the last key, and at once when its box is left.
 SAVE_CAPTIONS = """
@@ -45,6 +47,14 @@ def report_of(report: Any, split: tuple[int, int], language: str) -> str:
     )
 
 
+def words_of(words: Sequence[str], model: str, language: str) -> str:
+    """What to know of words that a model does not know."""
+    if not words:
+        return ""
+    named = ", ".join(words[:WORDS]) + (" …" if len(words) > WORDS else "")
+    return f"<p>{_text(say('unknown_words', language, model=model, words=named))}</p>"
+
+
 def cards_of(folder: Path, examples: Sequence[Any], language: str) -> str:
     """Pictures, each with its caption to be edited."""
     cards = []
@@ -60,30 +70,35 @@ def cards_of(folder: Path, examples: Sequence[Any], language: str) -> str:
     return f'<div class="cards">{"".join(cards)}</div><p>{more}</p>'
 
 
-def progress_of(state: Any, pace: float | None, has_weights: bool, language: str) -> str:
-    """How far a job is, and how it goes, in words."""
+def progress_of(state: Any, pace: float | None, expected: float | None, has_weights: bool, language: str) -> str:
+    """How far a job is, and how it goes, in words; `expected` are the seconds that it was thought to take in all."""
     key = f"state_{state.state}"
     if state.state == "waiting" and not state.ahead:
         key = "state_waiting_next"
     if state.state == "stopped" and not has_weights:
         key = "state_stopped_empty"
     reason = say(state.message, language) if state.message in ("killed", "not_started") else state.message
-    lines = [say(key, language, ahead=state.ahead, reason=reason)]
-    figures = []
-    if state.steps and state.state != "waiting":
+    line = say(key, language, ahead=state.ahead, reason=reason)
+    figures, done, total = [], state.step, state.steps
+    if state.doing:
+        doing, counts = state.doing
+        line, done, total = say(f"doing_{doing}", language, **counts), counts["done"], counts["total"] or 1
+    if state.state in ("waiting", "preparing"):
+        if expected:
+            figures.append(say("progress_expected", language, time=duration(expected, language)))
+    elif state.steps:
         figures.append(say("progress", language, step=state.step, steps=state.steps))
     if state.state == "running":
         if pace:
             figures.append(say("progress_pace", language, pace=f"{pace:.1f}"))
         if state.seconds_left:
             figures.append(say("progress_left", language, time=duration(state.seconds_left, language)))
-    bar = f'<progress value="{state.step}" max="{state.steps}"></progress>' if figures else ""
+    bar = f'<progress value="{done}" max="{total}"></progress>' if total and state.state != "waiting" else ""
     alert = ' class="failed" role="alert"' if state.state == "failed" else ""
     notice, values = state.notice
     going = say(f"watch_{notice}", language, **values) if state.step else ""
-    shown = [f"<p{alert}>{_text(line)}</p>" for line in lines] + [bar]
-    shown += [f'<p class="figures">{_text(" · ".join(figures))}</p>', f'<p class="watch">{_text(going)}</p>']
-    return "".join(shown)
+    shown = [f"<p{alert}>{_text(line)}</p>", bar, f'<p class="figures">{_text(" · ".join(figures))}</p>']
+    return "".join([*shown, f'<p class="watch">{_text(going)}</p>'])
 
 
 def reconstruction_of(path: Path, language: str) -> str:
@@ -91,9 +106,11 @@ def reconstruction_of(path: Path, language: str) -> str:
     if not path.exists():
         return ""
     with Image.open(path) as sheet:
-        picture = _data(sheet.convert("RGB"))
+        height, side = sheet.height, (sheet.height - GAP) // 2
+        columns = [_data(sheet.crop((x, 0, x + side, height))) for x in range(0, sheet.width, side + GAP)]
+    pairs = "".join(f'<img src="{column}" alt="">' for column in columns)
     caption = _text(say("reconstruction", language))
-    return f'<figure><img src="{picture}" alt=""><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><div class="pairs">{pairs}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def previews_of(data: Path, previews: Sequence[Mapping[str, Any]], language: str) -> str:
@@ -142,11 +159,11 @@ def losses(lines: Iterable[Mapping[str, float]], smooth: Any, raw: bool, logarit
 
 def _cut(preview: Mapping[str, Any]) -> list[list[Image.Image]]:
     """Rows of pictures of a sheet that `images.grid` has laid out."""
-    columns, rows, gap = preview["columns"], len(preview["rows"]), 2
+    columns, rows = preview["columns"], len(preview["rows"])
     with Image.open(preview["path"]) as sheet:
-        width, height = (sheet.width + gap) // columns, (sheet.height + gap) // rows
+        width, height = (sheet.width + GAP) // columns, (sheet.height + GAP) // rows
         corners = [[(x * width, y * height) for x in range(columns)] for y in range(rows)]
-        return [[sheet.crop((x, y, x + width - gap, y + height - gap)) for x, y in row] for row in corners]
+        return [[sheet.crop((x, y, x + width - GAP, y + height - GAP)) for x, y in row] for row in corners]
 
 
 def _thumbnail(path: Path, side: int = THUMBNAIL) -> str:

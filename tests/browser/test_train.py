@@ -86,10 +86,13 @@ def read_the_report_and_fix_a_caption(page) -> None:
     report = page.locator("#report")
     expect(report).to_contain_text("9 pictures found, 8 used")
     expect(report).to_contain_text("broken.png is damaged")
-    expect(page.locator("#plan")).to_contain_text("About 7 min here, 700 steps, 1.0 GB of memory", timeout=SLOW)
+    expect(page.locator("#plan")).to_contain_text("About 4 min here, 400 steps, 1.0 GB of memory", timeout=SLOW)
     expect(page.locator("#effort")).to_contain_text("Thorough: about 18 min")
     expect(page.locator("#start")).to_be_disabled()
     expect(page.locator("#hint")).to_have_text("Tick that you may use the pictures.")
+    consent, hint, upload = (page.locator(f"#{name}").bounding_box() for name in ("consent", "hint", "upload"))
+    assert hint["y"] - consent["y"] < 200, "what is missing stands beside where it is given"
+    assert upload["height"] < 130, "once it has been used it gives its place to the pictures"
 
     page.locator(".card.bare textarea").fill("a blue box")
     expect(page.locator(".card.bare")).to_have_count(0)
@@ -104,6 +107,8 @@ def start_and_watch(page) -> None:
     page.check("#consent input")
     page.locator("#title").locator("input, textarea").fill("My boxes")
     page.locator("#train_advanced button").first.click()
+    for name in ("steps", "learning_rate", "train_seed"):
+        expect(page.locator(f"#{name} input")).to_have_value("")
     page.fill("#steps input", "4000")
     expect(page.locator("#start")).to_be_enabled()
     page.click("#start")
@@ -113,11 +118,13 @@ def start_and_watch(page) -> None:
     expect(page.locator("#loss_plot canvas, #loss_plot svg").first).to_be_visible(timeout=SLOW)
     moved = step_of(page)
     page.reload()
+    expect(page.locator("#notice")).to_contain_text("A training is running on this computer")
     open_tab(page)
     expect(status).to_contain_text("Training.", timeout=SLOW)
     page.wait_for_function(f"/\\d+/.exec(document.querySelector('#train_status .figures').innerText)[0] > {moved}")
     page.click("#save_now")
     expect(page.locator("#previews .pair")).to_have_count(12, timeout=SLOW)
+    assert not re.search(r"^\d+\.\ds$", page.locator("body").inner_text(), re.MULTILINE), "times of gradio's events"
 
 
 def see_nothing(stranger) -> None:

@@ -1,0 +1,278 @@
+"""values of the controls -> what is drawn from them: each section of the DALL-E 2 tab, without the page around it.
+
+A `Scene` holds what each of its pictures is drawn from, so that any of them can be drawn alone, saved with its
+settings, or gone on from.
+"""
+
+import base64
+import dataclasses
+import io
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import Any
+
+from PIL import Image
+
+from dalle_demo import mixing
+from dalle_demo.config import ParamError, UnclipParams, short
+from dalle_demo.engines import UnclipEngine
+from dalle_demo.images import save_animation, save_png, slug
+from dalle_demo.mixing import Seen
+from dalle_demo.ui.strings import STYLES
+
+GRID = 4  # pictures from words; variations in a row
+ROWS = 3  # of variations, each further away than the one before
+KEPT = 1000  # pictures that visitors can go on from, over all of them
+QUALITY = 92  # of JPEG; who saves a picture gets it as PNG
+FRAME_MILLISECONDS = 80  # of a walk
+
+# Slider -> lowest, highest, step and value. UnclipParams describes the others.
+SLIDERS = {
+    "share": (0.0, 1.0, 0.01, 0.5),
+    "change_strength": (0.0, 1.0, 0.01, 0.4),
+    "distance": (0.0, 1.0, 0.01, 0.6),
+    "blend": (0.0, 1.0, 0.01, 0.5),
+    "frames": (8, 64, 8, 32),
+}
+
+
+class MissingError(ValueError):
+    """Something that a section needs before it can draw; `key` is the sentence that asks for it."""
+
+    def __init__(self, key: str):
+        super().__init__(key)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture that a visitor goes on from."""
+
+    seen: Seen
+    name: str  # its prompt, or its file's name
+
+
+class Sources:
+    """Pictures by a name that nobody can guess, the last KEPT of them."""
+
+    def __init__(self):
+        self._kept: OrderedDict[str, Source] = OrderedDict()
+
+    def keep(self, source: Source) -> str:
+        """Name under which it can be had."""
+        name = token_urlsafe(16)
+        self._kept[name] = source
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return name
+
+    def find(self, name: Any) -> Source:
+        """The picture of a name; raises MissingError when it was not kept."""
+        try:
+            return self._kept[name]
+        except (KeyError, TypeError) as error:
+            raise MissingError("picture_gone") from error
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Pictures that are shown together."""
+
+    seen: list[Seen]
+    requests: list[dict[str, Any]]  # settings of each, as its file tells them
+    captions: Sequence[str] = ()
+    texts: Sequence[str] = ()  # that the model has read
+
+    def draw(self, engine: UnclipEngine, indices: Sequence[int] | None = None) -> list[Image.Image]:
+        """All of the pictures, or some."""
+        chosen = self.seen if indices is None else [self.seen[i] for i in indices]
+        together = mixing.together(chosen)
+        return engine.draw(together.embedding, together.noise)
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the page sends, which may be anything; what is read of it is checked."""
+
+    given: Mapping[str, Any]
+    sources: Sources = field(default_factory=Sources)
+
+    @classmethod
+    def of(cls, given: Any, sources: Sources) -> "Values":
+        """Whatever was sent, where it is no table of names as well."""
+        return cls(given if isinstance(given, dict) else {}, sources)
+
+    def number(self, name: str) -> float:
+        """Value of a slider."""
+        value, (low, high, _, _) = self.given.get(name), SLIDERS[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ParamError(name, f"must be a number from {low} to {high}, not {str(value)[:40]!r}")
+        if not low <= value <= high:
+            raise ParamError(name, f"must be from {low} to {high}, not {short(value)}")
+        return value
+
+    def choice(self, name: str, choices: Iterable[str]) -> str:
+        """One of several words."""
+        value = self.given.get(name)
+        if value not in list(choices):
+            raise ParamError(name, f"must be one of {', '.join(choices)}, not {str(value)[:40]!r}")
+        return value
+
+    def text(self, name: str) -> str:
+        """Words of a box, which may be empty."""
+        words = self.given.get(name) or ""
+        if words == "" or (isinstance(words, str) and not words.strip()):
+            return ""
+        try:
+            return UnclipParams(words).prompt
+        except ParamError as error:
+            raise ParamError(name, str(error).removeprefix("prompt: ")) from error
+
+    def source(self, name: str, needed: str = "need_source") -> Source:
+        """Picture that was chosen."""
+        if not self.given.get(name):
+            raise MissingError(needed)
+        return self.sources.find(self.given[name])
+
+    def seed(self) -> int:
+        """Seed of the first of a row."""
+        return UnclipParams("picture", GRID, self.given.get("seed")).seeded().seed
+
+    def params(self, engine: UnclipEngine, prompt: str) -> UnclipParams:
+        """Request for a grid."""
+        settings = {name: self.given[name] for name in ("truncation", "guidance_scale", "seed") if name in self.given}
+        return engine.params(self.styled(prompt), n=GRID, **settings).seeded()
+
+    def styled(self, prompt: str) -> str:
+        """Prompt that asks for the chosen style as the captions do that the model learned from."""
+        if not self.given.get("style") or not prompt:
+            return prompt
+        style = self.choice("style", STYLES)
+        chinese = any("\u4e00" <= character <= "\u9fff" for character in prompt)
+        return f"{STYLES[style]}风格的{prompt}" if chinese else f"{prompt}, {style} style"
+
+
+def words(engine: UnclipEngine, values: Values) -> Scene:
+    """A grid of a prompt, blended with that of another, and moved as a text would be."""
+    params = values.params(engine, values.text("prompt"))
+    seen, more = engine.imagine(params), {}
+    if second := values.text("second"):
+        more |= {"second_prompt": second, "share": values.number("share")}
+        other = engine.imagine(dataclasses.replace(params, prompt=values.styled(second)))
+        seen = mixing.blend(seen, other, more["share"])
+    if target := values.text("change_to"):
+        more |= _change(values)
+        seen = _changed(engine, seen, more)
+    requests = [params.alone() | more | {"seed": params.seed + i} for i in range(GRID)]
+    return Scene(mixing.apart(seen), requests, texts=[params.prompt, *filter(None, (second, target))])
+
+
+def variations(engine: UnclipEngine, values: Values) -> Scene:
+    """Rows of the same noises, each blended further into the noise of a picture."""
+    source, furthest, first = values.source("source"), values.number("distance"), values.seed()
+    seeds, distances = [first + i for i in range(GRID)], [furthest * row / ROWS for row in range(1, ROWS + 1)]
+    fresh = engine.noise(seeds)
+    seen = [one for distance in distances for one in mixing.apart(mixing.vary(source.seen, fresh, distance))]
+    requests = [
+        _request(source.name, operation="variation", seed=seed, distance=distance)
+        for distance in distances
+        for seed in seeds
+    ]
+    return Scene(seen, requests, [f"{request['distance']:.2f}" for request in requests])
+
+
+def blend(engine: UnclipEngine, values: Values) -> Scene:
+    """Two pictures as the model sees them, and between them what lies there."""
+    one, other = (values.source(name, "need_two") for name in ("source", "other"))
+    shares = [0.0, values.number("blend"), 1.0]
+    seen = [mixing.blend(one.seen, other.seen, share) for share in shares]
+    requests = [_request(f"{one.name} + {other.name}", operation="blend", share=share) for share in shares]
+    return Scene(seen, requests, [f"{share:.2f}" for share in shares])
+
+
+def edit(engine: UnclipEngine, values: Values) -> Scene:
+    """A picture as the model sees it, and moved as its text would be."""
+    source = values.source("source")
+    if not (target := values.text("change_to")):
+        raise MissingError("need_change")
+    change = _change(values)
+    strengths = [0.0, change["strength"]]
+    seen = [_changed(engine, source.seen, change | {"strength": strength}) for strength in strengths]
+    requests = [_request(source.name, operation="text diff", **change | {"strength": value}) for value in strengths]
+    return Scene(seen, requests, [f"{strength:.2f}" for strength in strengths], [target])
+
+
+def walk(engine: UnclipEngine, values: Values) -> Scene:
+    """The picture that a walk begins and ends with."""
+    params = values.params(engine, values.text("prompt"))
+    request = params.alone() | {"operation": "walk", "frames": values.number("frames"), "seed": params.seed}
+    return Scene(mixing.apart(engine.imagine(params))[:1], [request], texts=[params.prompt])
+
+
+SECTIONS: dict[str, Callable[[UnclipEngine, Values], Scene]] = {
+    "words": words,
+    "variations": variations,
+    "blend": blend,
+    "edit": edit,
+    "walk": walk,
+}
+
+
+def scene_of(engine: UnclipEngine, values: Values) -> Scene:
+    """What the chosen section shows; raises ParamError or MissingError."""
+    return SECTIONS[values.choice("section", SECTIONS)](engine, values)
+
+
+def animation(engine: UnclipEngine, values: Values) -> bytes:
+    """A walk as WebP."""
+    params = values.params(engine, values.text("prompt"))
+    pictures = engine.walk(params, int(values.number("frames")))
+    with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
+        return save_animation(pictures, Path(folder, "walk.webp"), FRAME_MILLISECONDS).read_bytes()
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """A frame, small and quick to make."""
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=QUALITY, subsampling=0)
+    return stream.getvalue()
+
+
+def png(engine: UnclipEngine, scene: Scene, index: int) -> bytes:
+    """A picture of a scene as a file that remembers how it was made."""
+    (picture,) = scene.draw(engine, [index])
+    with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
+        return save_png(picture, Path(folder, "picture.png"), scene.requests[index], engine.origin).read_bytes()
+
+
+def file_name(request: Mapping[str, Any], suffix: str) -> str:
+    """Name of a file to save."""
+    return f"{slug(request['prompt'])}-{request['seed']}.{suffix}"
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """Data as an address that holds them."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _change(values: Values) -> dict[str, Any]:
+    """What a text diff is made of."""
+    return {
+        "from": values.text("change_from"),
+        "to": values.text("change_to"),
+        "strength": values.number("change_strength"),
+    }
+
+
+def _changed(engine: UnclipEngine, seen: Seen, change: Mapping[str, Any]) -> Seen:
+    source, target = engine.embed_text(change["from"]), engine.embed_text(change["to"])
+    return mixing.text_diff(seen, source, target, change["strength"])
+
+
+def _request(name: str, **settings: Any) -> dict[str, Any]:
+    """Settings of a picture that was made from pictures, with the entries that every file has."""
+    return {"prompt": name, "seed": 0, "guidance_scale": 1.0} | settings
