@@ -193,7 +193,7 @@ def _unclip_nano() -> UnclipConfig:
         text_encoder=_NANO_TEXT,
         clip=CLIPConfig(image_size=128, patch=8, widths=(96, 192, 320), text_width=256, embed_dim=256),
         vae=vae,
-        prior=PriorConfig(embed_dim=256, width=320, blocks=3, steps=8),
+        prior=PriorConfig(embed_dim=256, width=320, blocks=2, steps=8),
         generator=GeneratorConfig(
             embed_dim=256,
             noise_dim=64,

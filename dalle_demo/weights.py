@@ -203,7 +203,8 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
     configs = {part: stored_config(home, part) for part, home in homes.items()}
     modules = {part: load_parts(home, [part], "DALL-E 2")[part] for part, home in homes.items()}
     states = {part: module.state_dict() for part, module in modules.items()}
-    named = {"name": _name(clip), "sha256": stored_hash(clip, "clip")}
+    trained_with = load_clip(str(clip))
+    named = {"name": trained_with.name, "sha256": trained_with.sha256}
     save_tensors(out, configs, states, clip=named, defaults=dict(defaults))
     load_unclip(str(out))
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_demo import engines
+from dalle_demo import engines, weights
 from dalle_demo.__main__ import main, parser
-from dalle_demo.config import MAX_SEED, GenerateParams
+from dalle_demo.config import CLIP_PRESET, MAX_SEED, GenerateParams, UnclipParams
 from dalle_demo.images import grid, read_request
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMERIC = [spec for spec in dataclasses.fields(GenerateParams) if spec.name != "prompt"]
+UNCLIP_NUMERIC = [spec for spec in dataclasses.fields(UnclipParams) if spec.name != "prompt"]
 
 
 @pytest.fixture
@@ -206,11 +207,14 @@ def test_draws_from_a_folder_of_weights(tmp_path, nano_folder):
 
 @pytest.mark.parametrize("spec", NUMERIC, ids=lambda spec: spec.name)
 def test_every_setting_has_a_flag_that_arrives(tmp_path, engine, monkeypatch, spec):
-    values = {"n": 3, "seed": 77, "temperature": 0.35, "top_k": 12, "top_p": 0.55, "guidance_scale": 4.5}
+    values = {
+        "n": 3, "seed": 77, "temperature": 0.35, "top_k": 12, "top_p": 0.55, "guidance_scale": 4.5, "candidates": 5,
+    }  # fmt: skip
     assert set(values) == {spec.name for spec in NUMERIC}, "a new setting: give it a value here"
     seen = []
     original = engine.generate
-    monkeypatch.setattr(engine, "generate", lambda params, **rest: seen.append(params) or original(params, **rest))
+    last = dataclasses.replace(GenerateParams("a cat", seed=77), n=3)
+    monkeypatch.setattr(engine, "generate", lambda params, **rest: seen.append(params) or original(last, **rest))
     flag = "--" + spec.name.replace("_", "-")
     generate(tmp_path, "a cat", flag, str(values[spec.name]), "--seed", "77")
     assert getattr(seen[0], spec.name) == values[spec.name]
@@ -226,6 +230,107 @@ def test_help_tells_the_defaults_of_each_preset():
     assert "From 0.05 to 2; default 1, nano 0.5." in help_text
     assert "From 1 to 16; default 4, mini 1, mega 1." in help_text
     assert "From 0 to 2147483647; default random." in help_text
+
+
+@pytest.fixture
+def both(shipped, monkeypatch, real_loading) -> Path:
+    """Where unclip-nano and clip-nano are tiny ones."""
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    return shipped
+
+
+def test_draws_with_a_dalle_2(tmp_path, both):
+    arguments = ["--preset", "unclip-nano", "--n", "2", "--seed", "9", "--truncation", "0.5", "--grid"]
+    names = generate(tmp_path / "first", "一只小狗", *arguments)
+    assert names == ["001-一只小狗-10.png", "001-一只小狗-9-grid.png", "001-一只小狗-9.png"]
+    request, origin = read_request(tmp_path / "first" / names[0])
+    expected = {"prompt": "一只小狗", "n": 1, "seed": 10, "truncation": 0.5, "guidance_scale": 1.5, "candidates": 2}
+    assert request == expected  # guidance 1.5 is the default of this model
+    assert (origin["model"], origin["steps"], origin["format"]) == ("unclip-nano", 3, "float32")
+    for name in names:
+        again = generate(tmp_path / name, "--again", str(tmp_path / "first" / name))
+        assert name in again
+        assert (tmp_path / name / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    (again,) = generate(tmp_path / "other", "--again", str(tmp_path / "first" / names[0]), "--truncation", "0.9")
+    assert read_request(tmp_path / "other" / again)[0] == request | {"truncation": 0.9}
+
+
+@pytest.mark.parametrize("spec", UNCLIP_NUMERIC, ids=lambda spec: spec.name)
+def test_every_setting_of_a_dalle_2_arrives(tmp_path, both, spec):
+    values = {"n": 3, "seed": 77, "guidance_scale": 4.5, "truncation": 0.25, "candidates": 5}
+    assert set(values) == {spec.name for spec in UNCLIP_NUMERIC}, "a new setting: give it a value here"
+    flag = "--" + spec.name.replace("_", "-")
+    names = generate(tmp_path, "a cat", "--preset", "unclip-nano", "--grid", flag, str(values[spec.name]))
+    (name,) = [name for name in names if name.endswith("grid.png")]
+    assert read_request(tmp_path / name)[0][spec.name] == values[spec.name]
+
+
+@pytest.mark.parametrize(
+    ("preset", "arguments", "said"),
+    [
+        ("unclip-nano", ["--temperature", "0.5"], "unclip-nano has no --temperature; it has --n, --seed, "),
+        ("unclip-nano", ["--top-k", "5", "--top-p", "0.5"], "unclip-nano has no --top-k and no --top-p; it has "),
+        ("nano", ["--truncation", "0.5"], "has no --truncation; it has --n, --seed, --temperature, "),
+        ("unclip-nano", ["--device", "cpu"], "unclip-nano draws on the processor and in float32: leave --device"),
+        ("unclip-nano", ["--format", "float16"], "unclip-nano draws on the processor and in float32: leave --device"),
+    ],
+)
+def test_settings_of_the_other_engine_are_refused(tmp_path, both, nano_folder, capsys, preset, arguments, said):
+    preset = str(nano_folder) if preset == "nano" else preset
+    assert main(["generate", "a cat", "--preset", preset, *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_other_engine_are_refused_again(tmp_path, both, capsys):
+    (name,) = generate(tmp_path, "a cat", "--preset", "unclip-nano", "--n", "1", "--seed", "1")
+    assert main(["generate", "--again", str(tmp_path / name), "--top-k", "5", "--out", str(tmp_path / "out")]) == 2
+    assert "unclip-nano has no --top-k" in capsys.readouterr().err
+
+
+def test_candidates_are_written_nearest_first_and_each_draws_itself(tmp_path, engine, shipped, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    monkeypatch.setattr(engine, "_clip", None)
+    monkeypatch.setattr(engines, "engine_for", lambda preset: engines.DalleEngine)
+    generate(tmp_path / "first", "a cat", "--n", "2", "--seed", "40", "--candidates", "6", "--grid")
+    *lines, sheet = capsys.readouterr().out.splitlines()
+    paths, scores = zip(*(line.split("  ") for line in lines), strict=True)
+    assert len(paths) == 2
+    assert sorted(scores, key=float, reverse=True) == list(scores)
+    for path in map(Path, paths):
+        request, _ = read_request(path)
+        assert (request["n"], request["candidates"], f"001-a-cat-{request['seed']}.png") == (1, 0, path.name)
+        generate(tmp_path / path.name, "--again", str(path))
+        assert (tmp_path / path.name / path.name).read_bytes() == path.read_bytes()
+    request, _ = read_request(Path(sheet))
+    assert (request["n"], request["seed"], request["candidates"]) == (2, 40, 6)
+    generate(tmp_path / "again", "--again", sheet)
+    assert (tmp_path / "again" / Path(sheet).name).read_bytes() == Path(sheet).read_bytes()
+
+
+def test_help_tells_both_meanings_of_a_flag():
+    help_text = " ".join(parser()._subparsers._group_actions[0].choices["generate"].format_help().split())
+    assert "DALL-E: Draw so many, show those that CLIP finds nearest to the prompt; 0 is off. From 0 to " in help_text
+    assert "DALL-E 2: The prior draws so many for each picture; " in help_text
+    assert "default random." in help_text
+
+
+def test_weights_list_names_the_dalle_2_and_its_clip(both, capsys):
+    assert main(["weights", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name in ("unclip-nano", CLIP_PRESET):
+        assert str(both / name) in lines[name]
+
+
+def test_assembles_weights(tmp_path, both, capsys):
+    """From one folder here, which holds all the parts."""
+    parts, out = str(both / "unclip-nano"), tmp_path / "made"
+    arguments = ["--prior", parts, "--unclip", parts, "--clip", str(both / CLIP_PRESET), "--out", str(out)]
+    assert main(["weights", "assemble", *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert weights.load_unclip(str(out)).sha256 == weights.load_unclip(parts).sha256
+    assert main(["weights", "assemble", *arguments, "--preset", "nano"]) == 2
+    assert "--preset must be one of unclip-nano" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny, tiny_config
 
-from dalle_demo import hardware, hub, repos, shelf
+from dalle_demo import hardware, hub, repos, shelf, weights
 from dalle_demo.config import PRESETS, SOURCES
 from dalle_demo.engines import DalleEngine
 from dalle_demo.shelf import Shelf, ShelfError, free_memory, memory_limit
@@ -49,6 +49,59 @@ def stocked(nano_folder, other_folder, cache) -> Shelf:
 
 def load(preset: str, threads: int = 1, form: str = "float32") -> DalleEngine:
     return DalleEngine.load(preset, threads, form)
+
+
+@pytest.fixture
+def both(nano_folder, shipped, monkeypatch) -> Shelf:
+    """Shelf where there is a DALL-E 2 beside a DALL-E."""
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    return Shelf(str(nano_folder), load=load)
+
+
+def test_the_dalle_2_model_is_loaded_when_it_is_asked_for_and_stays(both, nano_folder):
+    assert both._unclip is None
+    engine = both.unclip()
+    assert engine.name == "unclip-nano"
+    assert both.loaded == "tiny"
+    assert both.unclip() is engine
+    assert borrow(both, "tiny") == draw(load(str(nano_folder)))
+
+
+def test_the_dalle_2_model_is_lent_while_another_draws(both):
+    with both.lend("tiny", threading.Event()):
+        (last,) = both.unclip().generate(both.unclip().params("a red apple", n=1, seed=1))
+    assert last.final
+
+
+def test_the_dalle_2_model_is_loaded_once_by_many(both):
+    loads, original = [], both._load_unclip
+    both._load_unclip = lambda preset: (loads.append(preset), time.sleep(0.1), original(preset))[2]
+    threads = [threading.Thread(target=both.unclip) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == ["unclip-nano"]
+
+
+def test_a_dalle_2_model_that_is_not_here_is_one_sentence(both, tmp_path, monkeypatch):
+    assert both.has_unclip()
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    assert not both.has_unclip()
+    with pytest.raises(ShelfError, match="the weights of unclip-nano are not here"):
+        both.unclip()
+
+
+def test_a_damaged_dalle_2_model_is_told_without_folders_and_may_be_mended(both, shipped, tmp_path, monkeypatch):
+    damaged = Path(shutil.copytree(shipped, tmp_path / "damaged"))
+    monkeypatch.setattr(weights, "SHIPPED", damaged)
+    whole = (damaged / "unclip-nano" / "model.safetensors").read_bytes()
+    (damaged / "unclip-nano" / "model.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(ShelfError, match=r"model\.safetensors is truncated") as caught:
+        both.unclip()
+    assert str(tmp_path) not in str(caught.value)
+    (damaged / "unclip-nano" / "model.safetensors").write_bytes(whole)
+    assert both.unclip().name == "unclip-nano"
 
 
 def draw(engine: DalleEngine) -> list[bytes]:

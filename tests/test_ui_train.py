@@ -187,7 +187,7 @@ def test_generate_says_that_a_training_takes_its_share(page, monkeypatch):
 def test_the_menu_says_who_trained_a_model_and_no_licence_that_there_is_not(page, nano_folder):
     tuned(page, nano_folder)
     *public, mine = [label for label, _ in page.models.choices(REQUEST)]
-    assert all(label.endswith("licence: see its model card") for label in public)
+    assert all(label.endswith("licence in its card") for label in public)
     assert mine.startswith("Mine: ")
     assert mine.endswith("trained by you")
 

@@ -1,5 +1,6 @@
 """A checkpoint is whole or refused, by the name of the file at fault; and writing one never harms the old one."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import WORDS, save_tiny, tiny_config
+from tiny import WORDS, save_random, save_tiny, save_tiny_clip, save_tiny_unclip, tiny_config, tiny_unclip_config
 
 from dalle_demo import checkpoints, weights
 from dalle_demo.checkpoints import WeightsError, load_part, load_tokenizer, save_parts, tensor_hash
-from dalle_demo.config import PARTS
+from dalle_demo.config import CLIP_PARTS, CLIP_PRESET, PARTS, UNCLIP_PARTS, UnclipConfig
 from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import Tokenizer
-from dalle_demo.weights import load_dalle
+from dalle_demo.weights import assemble_unclip, check, is_unclip, load_clip, load_dalle, load_unclip
 
 TENSOR = "image_decoder.norm_final.weight"
 
@@ -26,10 +27,10 @@ def folder(nano_folder, tmp_path) -> Path:
     return Path(shutil.copytree(nano_folder, tmp_path / "copy"))
 
 
-def refuse(folder: Path, *words: str) -> str:
+def refuse(folder: Path, *words: str, load=load_dalle) -> str:
     """Message of the WeightsError that loading raises; it must hold these words."""
     with pytest.raises(WeightsError) as caught:
-        load_dalle(str(folder))
+        load(str(folder))
     for word in words:
         assert word in str(caught.value)
     return str(caught.value)
@@ -49,7 +50,7 @@ def edit_tensors(folder: Path, change, rehash: bool) -> None:
     change(tensors)
     save_file(tensors, path)
     if rehash:
-        for part in PARTS:
+        for part in {key.split(".")[0] for key in tensors} & checkpoints.CLASSES.keys():
             own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
             edit_config(folder, lambda meta, part=part, own=own: meta["sha256"].update({part: tensor_hash(own)}))
 
@@ -283,3 +284,190 @@ def test_a_later_save_cleans_up(folder, tmp_path):
 def test_saving_over_its_own_tokenizer(folder):
     save_again(folder, folder / "tokenizer.json")
     load_dalle(str(folder))
+
+
+# CLIP and DALL-E 2
+
+
+@pytest.fixture
+def pair(shipped, tmp_path) -> Path:
+    """A DALL-E 2 that may be harmed, and its CLIP beside it."""
+    return Path(shutil.copytree(shipped, tmp_path / "pair")) / "unclip-nano"
+
+
+def test_loads_a_clip_as_it_was_saved(shipped):
+    clip, config = load_clip(str(shipped / CLIP_PRESET)), tiny_unclip_config()
+    assert (clip.name, clip.config, clip.text_config) == (CLIP_PRESET, config.clip, config.text_encoder)
+    assert clip.sha256 == checkpoints.stored_hash(shipped / CLIP_PRESET, "clip")
+    stored = load_file(shipped / CLIP_PRESET / "model.safetensors")
+    for part in CLIP_PARTS:
+        for key, value in getattr(clip, part).state_dict().items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, stored.pop(f"{part}.{key}").float())
+    assert stored == {}
+
+
+def test_loads_a_dalle_2_as_it_was_saved_but_for_the_discriminator(shipped):
+    model = load_unclip(str(shipped / "unclip-nano"))
+    assert (model.name, model.config, model.clip.name) == ("unclip-nano", tiny_unclip_config(), CLIP_PRESET)
+    stored = load_file(shipped / "unclip-nano" / "model.safetensors")
+    for part in weights.DRAWING_PARTS:
+        module = getattr(model, part)
+        assert not module.training
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, stored.pop(f"{part}.{key}").float())
+    assert {key.split(".")[0] for key in stored} == {"discriminator"}  # which fine-tuning goes on with
+    load_part(shipped / "unclip-nano", "discriminator")
+
+
+@pytest.mark.parametrize("rehash", [False, True], ids=["as found", "with fresh hashes"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("unclip-nano", "prior.norm_out.weight"), ("unclip-nano", "vae.conv.weight"), (CLIP_PRESET, "clip.log_scale")],
+)
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen", "changed"])
+def test_wrong_tensors_of_a_dalle_2(pair, name, key, change, rehash):
+    def edit(tensors):
+        key_here = key if key in tensors else next(other for other in tensors if other.startswith(key.split(".")[0]))
+        if change == "missing":
+            del tensors[key_here]
+        elif change == "extra":
+            tensors[f"{key.split('.')[0]}.more"] = torch.zeros(2)
+        elif change == "misshapen":
+            tensors[key_here] = torch.zeros(3, 3, dtype=torch.float16)
+        else:
+            tensors[key_here] = tensors[key_here] + 1
+
+    folder = pair.parent / name
+    edit_tensors(folder, edit, rehash)
+    if (change, rehash) == ("changed", True):
+        if name == CLIP_PRESET:  # another one than that of the training
+            refuse(pair, "config.json", CLIP_PRESET, "sha256", load=load_unclip)
+        return
+    refuse(pair, str(folder / "model.safetensors"), load=load_unclip)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "unclip-nano/config.json",
+        "unclip-nano/model.safetensors",
+        f"{CLIP_PRESET}/model.safetensors",
+        f"{CLIP_PRESET}/tokenizer.json",
+    ],
+)
+def test_missing_file_of_a_dalle_2(pair, path):
+    (pair.parent / path).unlink()
+    refuse(pair, path.split("/")[1], load=load_unclip)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda meta: meta["parts"].pop("prior"), "prior; it is not a complete DALL-E 2"),
+        (lambda meta: meta.pop("clip"), "which CLIP it was trained with"),
+        (lambda meta: meta.update(clip="clip-nano"), "which CLIP it was trained with"),
+        (lambda meta: meta["clip"].update(sha256="0" * 64), "000000000000…"),
+        (lambda meta: meta["clip"].update(name="clip-giant"), "unclip-nano needs clip-giant: no weights at"),
+        (lambda meta: meta["defaults"].update(temperature=1), "temperature"),
+        (lambda meta: meta["defaults"].update(truncation=2), "truncation"),
+    ],
+)
+def test_wrong_config_of_a_dalle_2(pair, change, word):
+    edit_config(pair, change)
+    refuse(pair, word, load=load_unclip)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: dataclasses.replace(config, prior=dataclasses.replace(config.prior, embed_dim=16)),
+        lambda config: dataclasses.replace(config, generator=dataclasses.replace(config.generator, embed_dim=16)),
+        lambda config: dataclasses.replace(config, generator=dataclasses.replace(config.generator, latent_dim=5)),
+        lambda config: dataclasses.replace(config, vae=dataclasses.replace(config.vae, image_size=64)),
+    ],
+    ids=["prior", "generator", "latents", "grid"],
+)
+def test_parts_of_other_sizes_do_not_draw_together(shipped, tmp_path, change):
+    config: UnclipConfig = change(tiny_unclip_config())
+    shutil.copytree(shipped / CLIP_PRESET, tmp_path / CLIP_PRESET)
+    save_tiny_unclip(tmp_path / "odd", config, tmp_path / CLIP_PRESET)
+    refuse(tmp_path / "odd", "config.json", "do not fit each other", load=load_unclip)
+
+
+def test_the_clip_beside_a_model_goes_before_one_of_its_name(pair, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr(weights, "SHIPPED", elsewhere)
+    before = load_unclip(str(pair)).clip.sha256
+    shutil.move(pair.parent / CLIP_PRESET, elsewhere / CLIP_PRESET)
+    assert load_unclip(str(pair)).clip.sha256 == before  # by its name
+    shutil.rmtree(elsewhere)
+    refuse(pair, "unclip-nano needs clip-nano", "not here", load=load_unclip)
+
+
+def test_each_kind_of_weights_is_loaded_as_what_it_is(pair, nano_folder):
+    assert is_unclip(str(pair))
+    assert not is_unclip(str(nano_folder))
+    assert not is_unclip(str(pair.parent / CLIP_PRESET))
+    for folder in (pair, nano_folder, pair.parent / CLIP_PRESET):
+        check(folder)
+    refuse(pair, "describes no vqgan; it is not a complete DALL-E model")
+    refuse(nano_folder, "it is not a complete DALL-E 2 model", load=load_unclip)
+    refuse(nano_folder, "describes no clip; it is not a complete CLIP model", load=load_clip)
+    for name in ("unclip-nano", CLIP_PRESET):
+        edit_tensors(pair.parent / name, lambda tensors: tensors.popitem(), rehash=False)
+        with pytest.raises(WeightsError):
+            check(pair.parent / name)
+
+
+def save_runs(folder: Path) -> dict[str, Path]:
+    """Weights folders of the stages `prior` and `unclip`, and a CLIP."""
+    config = tiny_unclip_config()
+    parts = {part: getattr(config, part, config.generator) for part in UNCLIP_PARTS}
+    prior = {"prior": parts.pop("prior")}
+    return {
+        "prior": save_random(folder / "prior" / "weights", prior),
+        "unclip": save_random(folder / "unclip" / "weights", parts),
+        "clip": save_tiny_clip(folder / "out" / CLIP_PRESET, config),
+    }
+
+
+def test_assembles_what_the_stages_have_trained(tmp_path):
+    runs, out = save_runs(tmp_path), tmp_path / "out" / "made"
+    assemble_unclip(**runs, out=out, defaults={"truncation": 0.5})
+    model = load_unclip(str(out))
+    assert model.config == dataclasses.replace(tiny_unclip_config(), defaults={"truncation": 0.5})
+    assert model.clip.sha256 == load_clip(str(runs["clip"])).sha256
+    stored = {}
+    for name in ("prior", "unclip"):
+        stored |= load_file(runs[name] / "model.safetensors")
+    made = load_file(out / "model.safetensors")
+    assert made.keys() == stored.keys()
+    for key, value in stored.items():
+        assert made[key].dtype == value.dtype
+        assert torch.equal(made[key], value)
+
+
+@pytest.mark.parametrize("culprit", ["prior", "unclip", "clip"])
+def test_assembles_nothing_from_damaged_weights(tmp_path, culprit):
+    runs, out = save_runs(tmp_path), tmp_path / "out" / "made"
+    path = runs[culprit] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        assemble_unclip(**runs, out=out, defaults={})
+    assert not out.exists()
+
+
+def test_the_name_of_a_dalle_2_is_of_all_that_draws(pair):
+    """Another prior draws other pictures, another discriminator does not."""
+    before = load_unclip(str(pair)).sha256
+    edit_tensors(pair, lambda tensors: tensors["discriminator.out.weight"].add_(1), rehash=True)
+    assert load_unclip(str(pair)).sha256 == before
+    edit_tensors(pair, lambda tensors: tensors["prior.norm_out.weight"].add_(1), rehash=True)
+    assert load_unclip(str(pair)).sha256 != before
+
+
+@pytest.mark.parametrize("name", ["unclip-nano", CLIP_PRESET])
+def test_weights_of_a_checkout_that_are_not_here_are_not_offered_for_download(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    assert "pull" not in refuse(Path(name), f"the weights of {name} are not here; a checkout", load=load_unclip)

@@ -314,7 +314,7 @@ SENTENCES = {
         "label_away": "{model}: {seconds} a picture, {licence}, {size} download",
         "label_too_big": "{model}: needs {memory} of memory, too much here",
         "label_own": "{model}: {seconds} a picture, trained by you",
-        "licence_in_card": "licence: see its model card",
+        "licence_in_card": "licence in its card",
         "while_training": "A training is running on this computer: drawing takes longer.",
         "offer": "{model} is not on this computer yet: {size} download, {licence}, about {seconds} a picture here, "
         "needs {memory} of memory.",
@@ -496,7 +496,7 @@ SENTENCES = {
         "label_away": "{model}：每张 {seconds}，{licence}，需下载 {size}",
         "label_too_big": "{model}：需要 {memory} 内存，这台电脑不够",
         "label_own": "{model}：每张 {seconds}，由你训练",
-        "licence_in_card": "许可见其模型卡",
+        "licence_in_card": "许可见模型卡",
         "while_training": "这台电脑上正在训练：画图会慢一些。",
         "offer": "{model} 还不在这台电脑上：需下载 {size}，{licence}，在这里每张约 {seconds}，占用 {memory} 内存。",
         "under_way": "已经在下载了。",

@@ -6,6 +6,7 @@ import gradio as gr
 # the other two on anything wider, where four of them fit into the window's height.
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { overflow: clip !important; } /* hidden, nothing in it could stay in sight */
 #heading { gap: 0; }
 #heading h1 { font-size: 1.75rem; letter-spacing: -.02em; margin: .5rem 0 0; }
 #heading p, #status p, #notice p, #footer p { color: var(--body-text-color-subdued); }
@@ -54,7 +55,10 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 #trainings_row button, #delete_row button { flex: 0 0 auto; }
 #delete_row { justify-content: flex-end; }
 #consent { padding-block: 10px; }
-#draft:has(.card) #upload { height: 104px !important; min-height: 0 !important; }
+#draft:has(.card) #upload { height: 84px !important; min-height: 0 !important; } /* it has been used */
+#draft:has(.card) #upload .wrap { flex-direction: row; gap: 8px; min-height: 0; padding-top: 32px; }
+#draft:has(.card) #upload .icon-wrap { width: 20px; margin: 0; }
+#report:not(:has(p)), #words:not(:has(p)) { display: none; }
 #words p { margin: 0; }
 #train p { margin: 0 0 .4rem; }
 #train details { margin: .2rem 0; }
@@ -146,6 +150,7 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 .wall figcaption { font-size: .75rem; text-align: center; color: var(--body-text-color-subdued); }
 @media (max-width: 767px) {
   #reconstruction img { height: 120px; }
+  #previews .pairs { gap: 6px; }
   #previews .pair, #previews .pair img { width: 70px; }
   #previews .pair > img:first-child { height: 70px; }
   #studio { grid-template: "compose" "result" "settings" / 100%; }

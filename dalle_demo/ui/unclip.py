@@ -26,6 +26,7 @@ from dalle_demo.ui.models import language_of
 from dalle_demo.ui.strings import STYLES, duration, label, say
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+WARNING = QUIET | {"queue": True}  # of an event that may warn, which reaches the page through the queue alone
 PREFIX = "unclip_"  # of the ids on the page, where other tabs have a prompt, too
 FROM_WORDS = ("words", "walk")
 PARAMS = ("truncation", "guidance_scale")  # sliders made from UnclipParams
@@ -240,7 +241,7 @@ class UnclipTab:
         )
         for name, upload in self.uploads.items():
             # As it was sent: what gradio's own reading says of a damaged file is no sentence.
-            seen = upload.input(self.see, [upload], [upload, self.controls[name]], preprocess=False, **QUIET)
+            seen = upload.input(self.see, [upload], [upload, self.controls[name]], preprocess=False, **WARNING)
             seen.then(**self.draw)
         taken = [section, self.uploads["source"], self.controls["source"]]
         self.stage.select(self.take, None, taken, **QUIET).then(**self.draw)
@@ -250,7 +251,7 @@ class UnclipTab:
         section, upload, kept = self.controls["section"], self.uploads["source"], self.controls["source"]
         generate.gallery.select(self.choose, None, [generate.selected, generate.vary], **QUIET)
         generate.vary.click(
-            self.come_over, [generate.gallery, generate.selected], [tabs, section, upload, kept], **QUIET
+            self.come_over, [generate.gallery, generate.selected], [tabs, section, upload, kept], **WARNING
         ).then(**self.draw)
 
     def _server_functions(self) -> list[Callable]:

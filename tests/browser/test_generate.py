@@ -12,9 +12,11 @@ import httpx
 import pytest
 from PIL import Image
 
+from dalle_demo import weights
 from dalle_demo.config import GenerateParams
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import read_request
+from dalle_demo.shelf import Shelf
 
 try:
     from playwright.sync_api import expect
@@ -118,9 +120,9 @@ def test_downloaded_picture_draws_itself_again(page, nano_folder, tmp_path):
 
 
 def test_no_slider_is_dead(page, tmp_path):
-    values = {}
+    values = {"candidates": 0}  # which have a test of their own, and draw no picture that is not drawn alone
     page.uncheck("#randomise input")
-    for spec in NUMBERS:
+    for spec in (spec for spec in NUMBERS if spec.name not in values):
         low, high, step = (spec.metadata[key] for key in ("low", "high", "step"))
         high = 60 if spec.name == "top_k" else high  # codes of this model
         values[spec.name] = round(low + step * max(1, (high - low) / step // 3), 6)
@@ -130,6 +132,48 @@ def test_no_slider_is_dead(page, tmp_path):
     expect(page.locator(PICTURES)).to_have_count(int(values["n"]))
     request, _ = read_request(download(page, 0, tmp_path))
     assert request == {"prompt": "a house"} | values | {"n": 1}
+
+
+def fresh(folder: Path) -> Shelf:
+    """Shelf with an engine of its own."""
+    return Shelf(str(folder), offline=True, load=lambda preset: DalleEngine.load(preset, 1, "float32"))
+
+
+def test_candidates_are_shown_nearest_first_with_how_near(visit, serve, nano_folder, shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    page = visit(serve(fresh(nano_folder)))
+    set_number(page, "n", 2)
+    set_number(page, "candidates", 6)
+    seed = draw(page, "a red apple")
+    expect(page.locator(PICTURES)).to_have_count(2)
+    expect(page.locator("#status p")).to_contain_text("tiny drew 6 pictures")
+    shown = [re.fullmatch(r"seed (\d+), match (-?[\d.]+)", text) for text in captions(page)]
+    assert all(seed <= int(match[1]) < seed + 6 for match in shown)
+    assert float(shown[0][2]) >= float(shown[1][2])
+    request, _ = read_request(download(page, 0, tmp_path))
+    assert (request["seed"], request["n"], request["candidates"]) == (int(shown[0][1]), 1, 0)
+
+
+def captions(page) -> list[str]:
+    return page.locator("#gallery .caption-label").all_inner_texts()
+
+
+def test_fewer_candidates_than_pictures_are_refused_beside_their_slider(page):
+    set_number(page, "candidates", 3)
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#go")
+    message = page.locator("#candidates .validation-error")
+    expect(message).to_contain_text("Candidates: must be at least the 4 pictures that are shown, or 0 for none")
+
+
+def test_candidates_without_a_clip_are_one_sentence(visit, serve, nano_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    page = visit(serve(fresh(nano_folder)))
+    set_number(page, "candidates", 8)
+    page.fill("#prompt textarea", "a red apple")
+    page.locator("#prompt textarea").press("Enter")
+    expect(page.locator(".toast-body")).to_contain_text("Candidates: must be 0: clip-nano", timeout=SLOW)
+    expect(page.locator("#go")).to_be_visible()
 
 
 def test_long_prompt_says_what_was_left_out(page):

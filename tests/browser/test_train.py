@@ -55,7 +55,7 @@ def load(preset: str, threads: int = 1, form: str = "float32", **options) -> Dal
 
 
 def open_tab(page) -> None:
-    page.get_by_role("tab").nth(1).click()
+    page.get_by_role("tab").last.click()
 
 
 def prepare(page, upload: Path) -> None:
