@@ -88,8 +88,10 @@ def draw(tab, request=ENGLISH, **changes) -> dict:
 
 
 def test_words_alone_are_what_the_engine_draws(unclip, scene):
-    (update,) = unclip.generate(unclip.params("a red apple", n=4, seed=3, guidance_scale=2.0, truncation=1.0))
-    assert scene().draw(unclip) == update.images
+    for truncation in (1.0, 0.35):
+        params = unclip.params("a red apple", n=4, seed=3, guidance_scale=2.0, truncation=truncation)
+        (update,) = unclip.generate(params)
+        assert scene(truncation=truncation).draw(unclip) == update.images
 
 
 def test_each_slider_of_the_words_moves_the_pictures(scene):

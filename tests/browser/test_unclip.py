@@ -22,18 +22,18 @@ PICTURES = "#stage .wall img[src]"
 
 
 class SlowEngine:
-    """The real engine, except that each grid takes as long as a test says."""
+    """The real engine, except that pictures take as long as a test says."""
 
     def __init__(self, engine):
-        self.engine, self.seconds, self.drawn = engine, 0.0, []
+        self.engine, self.seconds, self.drawn = engine, 0.0, 0
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def imagine(self, params):
-        self.drawn.append(params)
+    def draw(self, embeddings, noise):
+        self.drawn += 1
         time.sleep(self.seconds)
-        return self.engine.imagine(params)
+        return self.engine.draw(embeddings, noise)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def sources(page) -> list[str]:
 def settle(page, slow) -> None:
     """Wait until nothing is drawn any more."""
     count = -1
-    while count != len(slow.drawn):
-        count = len(slow.drawn)
+    while count != slow.drawn:
+        count = slow.drawn
         page.wait_for_timeout(1000 * slow.seconds + 700)
 
 
@@ -102,11 +102,10 @@ def drag(page, name: str, moves: int) -> float:
 def test_the_last_frame_belongs_to_the_last_value(tab, unclip, slow):
     slow.seconds = 0.15
     settle(tab, slow)
-    before = len(slow.drawn)
+    before = slow.drawn
     value = drag(tab, "truncation", 40)
     settle(tab, slow)
-    assert 1 <= len(slow.drawn) - before < 40, "frames that have been overtaken are not drawn"
-    assert slow.drawn[-1].truncation == value
+    assert 1 <= slow.drawn - before < 40, "frames that have been overtaken are not drawn"
     params = unclip.params("a smiling cat", n=4, seed=1, truncation=value)
     (update,) = unclip.generate(params)
     assert sources(tab) == [frames.data_url(frames.jpeg(picture), "jpeg") for picture in update.images]
