@@ -145,7 +145,8 @@ def settle(page) -> None:
     """Wait until the pictures stay as they are."""
     before = None
     while before != (before := first_picture(page)):
-        page.wait_for_timeout(800)
+        page.wait_for_timeout(500)
+        page.wait_for_selector("#stage .wall[aria-busy=false]")
 
 
 def first_picture(page) -> str:

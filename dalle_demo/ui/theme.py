@@ -55,8 +55,9 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 #trainings_row button, #delete_row button { flex: 0 0 auto; }
 #delete_row { justify-content: flex-end; }
 #consent { padding-block: 10px; }
-#draft:has(.card) #upload { height: 84px !important; min-height: 0 !important; } /* it has been used */
-#draft:has(.card) #upload .wrap { flex-direction: row; gap: 8px; min-height: 0; padding-top: 32px; }
+#draft:has(.card) #upload, #draft:has(.card) #upload button { height: 64px !important; } /* it has been used */
+#draft:has(.card) #upload label { display: none; }
+#draft:has(.card) #upload .wrap { flex-direction: row; gap: 8px; min-height: 0; padding: 0; }
 #draft:has(.card) #upload .icon-wrap { width: 20px; margin: 0; }
 #report:not(:has(p)), #words:not(:has(p)) { display: none; }
 #words p { margin: 0; }

@@ -40,7 +40,7 @@ const line = element.appendChild(document.createElement("p"));
 const blank = document.createElement("template");
 blank.innerHTML = `<figure><button class="pick"><img></button><button class="save">⤓</button><figcaption></figcaption>
   </figure>`;
-let wanted = null, busy = false, last = "", shown = null;
+let wanted = null, last = "", shown = null;
 wall.className = "wall";
 wall.dataset.section = "words";
 for (let i = 0; i < 4; i++) wall.append(blank.content.cloneNode(true));
@@ -71,21 +71,26 @@ const show = (frame) => {
   });
 };
 
+const ask = async () => {
+  const now = wanted;
+  wanted = null;
+  return [await server.draw(now), now];
+};
+
 element.closest("#stage").draw = async (values) => {
   const text = JSON.stringify(values);
   if (text === last) return;
   [wanted, last] = [values, text];
-  if (busy) return;
-  busy = true;
-  while (wanted) {
-    const now = wanted;
-    wanted = null;
-    const frame = await server.draw(now);
+  if (wall.ariaBusy === "true") return;
+  wall.ariaBusy = "true";
+  for (let coming = ask(); coming; ) {
+    const [frame, now] = await coming;
+    coming = wanted && ask();  // on its way while this one is shown
     if (!frame) { last = ""; lost(); }
     else if (frame.said) tell(frame.said, frame.wrong);
     else show({...frame, values: now});
   }
-  busy = false;
+  wall.ariaBusy = "false";
 };
 
 element.addEventListener("click", async ({target}) => {

@@ -82,7 +82,8 @@ def settle(page, slow) -> None:
     count = -1
     while count != slow.drawn:
         count = slow.drawn
-        page.wait_for_timeout(1000 * slow.seconds + 700)
+        page.wait_for_timeout(1000 * slow.seconds + 500)
+        page.wait_for_selector("#stage .wall[aria-busy=false]")
 
 
 def drag(page, name: str, moves: int) -> float:
