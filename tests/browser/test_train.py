@@ -114,7 +114,7 @@ def start_and_watch(page) -> None:
     page.click("#start")
     status = page.locator("#train_status")
     expect(status).to_contain_text("Training.", timeout=SLOW)
-    expect(page.locator("#reconstruction img")).to_be_visible(timeout=SLOW)
+    expect(page.locator("#reconstruction img").first).to_be_visible(timeout=SLOW)
     expect(page.locator("#loss_plot canvas, #loss_plot svg").first).to_be_visible(timeout=SLOW)
     moved = step_of(page)
     page.reload()
