@@ -32,6 +32,8 @@ PAGE = {name: value for name, (*_, value) in SLIDERS.items()} | {
     "other": "",
     "change_from": "",
     "change_to": "",
+    "edit_from": "",
+    "edit_to": "",
     "seed": 3,
 }
 
@@ -142,8 +144,9 @@ def test_a_blend_lies_between_its_two_pictures(unclip, scene, sources, cat):
     assert not near(between, second)
 
 
-def test_an_edit_keeps_the_noise_and_shows_the_picture_beside(scene, sources, cat):
-    before, after = scene(section="edit", source=cat, change_from="a cat", change_to="a house").seen
+@pytest.mark.parametrize("start", ["a cat", ""])
+def test_an_edit_keeps_the_noise_and_shows_the_picture_beside(scene, sources, cat, start):
+    before, after = scene(section="edit", source=cat, edit_from=start, edit_to="a house").seen
     assert near(before, sources.find(cat).seen)
     assert torch.equal(after.noise, before.noise)
     assert not torch.allclose(after.embedding, before.embedding, atol=1e-3)
@@ -169,7 +172,7 @@ def test_a_saved_picture_says_how_it_was_made(unclip, scene, tmp_path):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_any_picture_can_be_saved_and_gone_on_from(tab, unclip, section):
     source = tab.sources.keep(frames.Source(unclip.invert(Image.new("RGB", (40, 30), "orange")), "猫.png"))
-    values = PAGE | {"section": section, "source": source, "other": source, "change_to": "a house", "frames": 8}
+    values = PAGE | {"section": section, "source": source, "other": source, "edit_to": "a house", "frames": 8}
     _, save = tab._server_functions()
     shown = frames.scene_of(unclip, Values(values, tab.sources))
     last = len(shown.seen) - 1

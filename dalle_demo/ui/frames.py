@@ -34,7 +34,8 @@ FRAME_MILLISECONDS = 80  # of a walk
 # Slider -> lowest, highest, step and value. UnclipParams describes the others.
 SLIDERS = {
     "share": (0.0, 1.0, 0.01, 0.5),
-    "change_strength": (0.0, 1.0, 0.01, 0.4),
+    "change_strength": (0.0, 0.6, 0.01, 0.3),  # beyond, there are no pictures that the generator knows
+    "edit_strength": (0.0, 0.6, 0.01, 0.3),
     "distance": (0.0, 1.0, 0.01, 0.6),
     "blend": (0.0, 1.0, 0.01, 0.5),
     "frames": (8, 64, 8, 32),
@@ -166,8 +167,8 @@ def words(engine: UnclipEngine, values: Values) -> Scene:
         other = _imagined(engine, dataclasses.replace(params, prompt=values.styled(second)))
         seen = mixing.blend(seen, other, more["share"])
     if target := values.text("change_to"):
-        more |= _change(values)
-        seen = _changed(engine, seen, more)
+        more |= _change(values, "change")
+        seen = _changed(engine, seen, _embedded(engine, more["from"] or params.prompt), more)
     requests = [params.alone() | more | {"seed": params.seed + i} for i in range(GRID)]
     return Scene(mixing.apart(seen), requests, texts=[params.prompt, *filter(None, (second, target))])
 
@@ -198,11 +199,12 @@ def blend(engine: UnclipEngine, values: Values) -> Scene:
 def edit(engine: UnclipEngine, values: Values) -> Scene:
     """A picture as the model sees it, and moved as its text would be."""
     source = values.source("source")
-    if not (target := values.text("change_to")):
+    if not (target := values.text("edit_to")):
         raise MissingError("need_change")
-    change = _change(values)
+    change = _change(values, "edit")
     strengths = [0.0, change["strength"]]
-    seen = [_changed(engine, source.seen, change | {"strength": strength}) for strength in strengths]
+    start = _embedded(engine, change["from"]) if change["from"] else source.seen.embedding
+    seen = [_changed(engine, source.seen, start, change | {"strength": strength}) for strength in strengths]
     requests = [_request(source.name, operation="text diff", **change | {"strength": value}) for value in strengths]
     return Scene(seen, requests, [f"{strength:.2f}" for strength in strengths], [target])
 
@@ -260,18 +262,18 @@ def data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _change(values: Values) -> dict[str, Any]:
+def _change(values: Values, name: str) -> dict[str, Any]:
     """What a text diff is made of."""
     return {
-        "from": values.text("change_from"),
-        "to": values.text("change_to"),
-        "strength": values.number("change_strength"),
+        "from": values.text(f"{name}_from"),
+        "to": values.text(f"{name}_to"),
+        "strength": values.number(f"{name}_strength"),
     }
 
 
-def _changed(engine: UnclipEngine, seen: Seen, change: Mapping[str, Any]) -> Seen:
-    source, target = _embedded(engine, change["from"]), _embedded(engine, change["to"])
-    return mixing.text_diff(seen, source, target, change["strength"])
+def _changed(engine: UnclipEngine, seen: Seen, start: Any, change: Mapping[str, Any]) -> Seen:
+    """Pictures moved as from the embedding `start`."""
+    return mixing.text_diff(seen, start, _embedded(engine, change["to"]), change["strength"])
 
 
 def _imagined(engine: UnclipEngine, params: UnclipParams) -> Seen:

@@ -116,7 +116,7 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 }
 #unclip_top { grid-area: top; gap: 8px; }
 #unclip_controls { grid-area: controls; }
-#unclip_controls > * { flex-grow: 0; }
+#unclip_controls > * { flex-grow: 0 !important; }
 #unclip_dice { align-self: end; }
 #unclip_result { grid-area: result; position: sticky; top: 8px; align-self: start; gap: 0; }
 #unclip_honest { grid-area: honest; }

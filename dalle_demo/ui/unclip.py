@@ -157,9 +157,11 @@ class UnclipTab:
         with self._group(gr.Accordion(t("second_prompt"), open=False, elem_id="unclip_mix"), "words"):
             self._box("second", t("second"), t("second_placeholder"))
             self._slider("share", t("share"))
+        with self._group(gr.Accordion(t("change"), open=False, elem_id="unclip_change"), "words"):
+            self._lay_out_change("change", t)
 
     def _lay_out_pictures(self, t: gr.I18n) -> None:
-        """Pictures to go on from, what to do with them, and the change by words that prompts can have as well."""
+        """Pictures to go on from, and what to do with them."""
         with self._group(gr.Row(), "variations", "blend", "edit"):
             self.uploads = {}
             for name in ("source", "other"):
@@ -172,12 +174,15 @@ class UnclipTab:
             self._slider("blend", t("blend"))
         with self._group(gr.Column(), "variations"):
             self._slider("distance", t("distance"), t("distance_help"))
-        self.change = gr.Accordion(t("change"), open=False, elem_id="unclip_change")
-        with self._group(self.change, "words", "edit"):
-            with gr.Row():
-                self._box("change_from", t("change_from"), t("change_from_placeholder"))
-                self._box("change_to", t("change_to"), t("change_to_placeholder"))
-            self._slider("change_strength", t("change_strength"))
+        with self._group(gr.Column(), "edit"):
+            self._lay_out_change("edit", t)
+
+    def _lay_out_change(self, name: str, t: gr.I18n) -> None:
+        """From which words to which, and how far."""
+        with gr.Row():
+            self._box(f"{name}_from", t(f"{name}_from"), t("from_placeholder"))
+            self._box(f"{name}_to", t(f"{name}_to"), t("to_placeholder"))
+        self._slider(f"{name}_strength", t(f"{name}_strength"), t("strength_of_change_help"))
 
     def _lay_out_noise(self, t: gr.I18n) -> None:
         """Seed, and the length of a walk."""
@@ -326,11 +331,7 @@ class UnclipTab:
     def show(self, section: str) -> list:
         """Show the controls of a section."""
         groups = [gr.update(visible=section in sections) for _, sections in self.groups]
-        opened = [
-            group | {"open": True} if section == "edit" and kind is self.change else group
-            for group, (kind, _) in zip(groups, self.groups, strict=True)
-        ]
-        return [*opened, gr.update(visible=section == "blend")]
+        return [*groups, gr.update(visible=section == "blend")]
 
     def see(self, request: gr.Request, upload: Any) -> tuple:
         """Keep what is seen in a picture that was chosen, or nothing of one that was taken away."""

@@ -153,7 +153,7 @@ def test_from_a_picture_to_variations_edits_blends_and_a_walk(tab, tmp_path):
     expect(tab.locator("#unclip_source img")).to_be_visible()
     choose(tab, "edit")
     expect(line(tab)).to_contain_text("Type what the picture should become")
-    tab.fill("#unclip_change_to textarea", "a house")
+    tab.fill("#unclip_edit_to textarea", "a house")
     expect(tab.locator(PICTURES)).to_have_count(2, timeout=SLOW)
     choose(tab, "blend")
     expect(line(tab)).to_contain_text("Choose two pictures")
