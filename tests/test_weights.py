@@ -395,6 +395,16 @@ def test_parts_of_other_sizes_do_not_draw_together(shipped, tmp_path, change):
     refuse(tmp_path / "odd", "config.json", "do not fit each other", load=load_unclip)
 
 
+def test_a_noise_encoder_of_another_generator_does_not_draw_with_it(shipped, tmp_path):
+    clip = Path(shutil.copytree(shipped / CLIP_PRESET, tmp_path / CLIP_PRESET))
+    config = tiny_unclip_config()
+    parts = {part: getattr(config, part, config.generator) for part in UNCLIP_PARTS}
+    parts["noise_encoder"] = dataclasses.replace(config.generator, noise_dim=8)
+    named = {"name": CLIP_PRESET, "sha256": checkpoints.stored_hash(clip, "clip")}
+    save_random(tmp_path / "odd", parts, clip=named)
+    refuse(tmp_path / "odd", "config.json", "do not fit each other", load=load_unclip)
+
+
 def test_the_clip_beside_a_model_goes_before_one_of_its_name(pair, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(weights, "SHIPPED", elsewhere)
