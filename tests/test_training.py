@@ -589,8 +589,8 @@ def test_a_loss_that_is_no_number_ends_the_run(stage_of, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["vqgan", "dalle"])
 def test_small_data_sets_without_held_out_drawings(stage_of, tmp_path, name, monkeypatch):
     """Fifty drawings or fewer may all fall on the training side; that is no reason to lose a run at its first save."""
-    everything = stages.pairs_data.split
-    monkeypatch.setattr(stages.pairs_data, "split", lambda data: (np.concatenate(everything(data)), np.array([], int)))
+    everything, none = stages.pairs_data.split, np.array([], int)
+    monkeypatch.setattr(stages.pairs_data, "split", lambda data: (np.concatenate(everything(data)), none, none))
     train(stage_of(name, tmp_path), make_plan(2), tmp_path)
     assert checkpoint(tmp_path)["step"] == 2
 
