@@ -36,7 +36,7 @@ SLIDERS = {
     "share": (0.0, 1.0, 0.01, 0.5),
     "change_strength": (0.0, 0.6, 0.01, 0.3),  # beyond, there are no pictures that the generator knows
     "edit_strength": (0.0, 0.6, 0.01, 0.3),
-    "distance": (0.0, 1.0, 0.01, 0.6),
+    "distance": (0.0, 1.0, 0.01, 1.0),
     "blend": (0.0, 1.0, 0.01, 0.5),
     "frames": (8, 64, 8, 32),
 }

@@ -79,7 +79,7 @@ def test_from_a_zip_to_the_generate_tab_and_the_command_line(visit, studio, uplo
     open_tab(page)
     page.click("#delete")
     page.click("#delete_sure")
-    expect(page.locator("#hint")).to_have_text("Upload pictures first.")
+    expect(page.locator("#hint p")).to_have_text("Upload pictures first.")
 
 
 def read_the_report_and_fix_a_caption(page) -> None:
@@ -89,7 +89,7 @@ def read_the_report_and_fix_a_caption(page) -> None:
     expect(page.locator("#plan")).to_contain_text("About 7 min here, 400 steps, 1.0 GB of memory", timeout=SLOW)
     expect(page.locator("#effort")).to_contain_text("Thorough: about 13 min")
     expect(page.locator("#start")).to_be_disabled()
-    expect(page.locator("#hint")).to_have_text("Tick that you may use the pictures.")
+    expect(page.locator("#hint p")).to_have_text("Tick that you may use the pictures.")
     consent, hint, upload = (page.locator(f"#{name}").bounding_box() for name in ("consent", "hint", "upload"))
     assert hint["y"] - consent["y"] < 200, "what is missing stands beside where it is given"
     assert upload["height"] < 130, "once it has been used it gives its place to the pictures"
@@ -135,7 +135,7 @@ def see_nothing(stranger) -> None:
     assert "boxes" not in stranger.locator("body").inner_text()
     stranger.keyboard.press("Escape")
     open_tab(stranger)
-    expect(stranger.locator("#hint")).to_have_text("Upload pictures first.")
+    expect(stranger.locator("#hint p")).to_have_text("Upload pictures first.")
     expect(stranger.locator("#trainings")).to_be_hidden()
     assert "boxes" not in stranger.locator("body").inner_text()
 
