@@ -274,9 +274,7 @@ def run_train(options: argparse.Namespace) -> None:
         learning_rate=LEARNING_RATES[options.stage] if options.learning_rate is None else options.learning_rate,
         steps=options.steps,
         minutes=options.minutes,
-        betas=(0.5, 0.9)
-        if options.stage in ("sharpen", "unclip")
-        else loop.Plan.betas,  # two players swing with much momentum
+        betas=(0.5, 0.9) if options.stage in ADVERSARIAL_STAGES else loop.Plan.betas,
         precision=options.precision,
         checkpoint_minutes=options.checkpoint_minutes,
     )

@@ -91,17 +91,9 @@ class DalleEngine(Engine):
         return {"form": str(origin.get("format")), "device": str(origin.get("device", "cpu"))}
 
     @property
-    def origin(self) -> dict[str, str | int]:
-        """What is stored in pictures about how they came about, beside the request."""
-        return {
-            "model": self.name,
-            "weights": self.model.sha256[:12],
-            "sampler": self.sampler,
-            "steps": self.config.image_decoder.length,
-            "format": self.format,
-            "device": self.device.type,
-            "threads": self.threads,
-        }
+    def steps(self) -> int:
+        """Tokens of a picture."""
+        return self.config.image_decoder.length
 
     def _draw(self, params: GenerateParams, seeds: list[int], previews: bool) -> Iterator[Update]:
         """Prompt to pixels; an update without images after each token, one with previews after each row.
@@ -206,10 +198,11 @@ class UnclipEngine(Engine):
 
     request = UnclipParams
     sampler = "flow and GAN"
+    format, device = "float32", torch.device("cpu")
 
     def __init__(self, model: Unclip, threads: int | None = None):
         super().__init__(model)
-        place_vqgan(model.vae, "float32", torch.device("cpu"))
+        place_vqgan(model.vae, self.format, self.device)
         sizes = self.config.generator
         with torch.inference_mode():
             blank = torch.zeros(CHUNK, sizes.embed_dim), torch.zeros(CHUNK, sizes.noise_dim)
@@ -226,17 +219,9 @@ class UnclipEngine(Engine):
         return cls(load_unclip(preset), threads)
 
     @property
-    def origin(self) -> dict[str, str | int]:
-        """What is stored in pictures about how they came about, beside the request."""
-        return {
-            "model": self.name,
-            "weights": self.model.sha256[:12],
-            "sampler": self.sampler,
-            "steps": self.config.prior.steps,
-            "format": "float32",
-            "device": "cpu",
-            "threads": self.threads,
-        }
+    def steps(self) -> int:
+        """Those of the prior."""
+        return self.config.prior.steps
 
     def embed_text(self, prompt: str) -> Float[Tensor, " E"]:
         """CLIP's embedding of a prompt."""

@@ -14,11 +14,16 @@ def fitted(picture: Image.Image, side: int) -> Float[Tensor, "1 3 H W"]:
     return from_pil([square(picture).resize((side, side), Image.Resampling.LANCZOS)])
 
 
+def embed_texts(clip: Clip, prompts: list[str]) -> Float[Tensor, "B E"]:
+    """CLIP's embeddings of prompts."""
+    ids = clip.tokenizer.batch(prompts, clip.text_config.length)
+    mask = ids != PAD
+    return clip.clip.encode_text(clip.text_encoder(ids, mask), mask)
+
+
 def embed_text(clip: Clip, prompt: str) -> Float[Tensor, " E"]:
     """CLIP's embedding of a prompt."""
-    ids = clip.tokenizer.batch([prompt], clip.text_config.length)
-    mask = ids != PAD
-    return clip.clip.encode_text(clip.text_encoder(ids, mask), mask)[0]
+    return embed_texts(clip, [prompt])[0]
 
 
 def embed_image(clip: Clip, picture: Image.Image) -> Float[Tensor, " E"]:

@@ -62,6 +62,8 @@ class Engine(ABC):
 
     request: ClassVar[type[Params]]
     sampler: ClassVar[str]  # how pictures come about
+    format: str  # of numbers
+    device: torch.device
     threads: int
 
     def __init__(self, model: Dalle | Unclip):
@@ -102,8 +104,21 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def steps(self) -> int:
+        """What other programs call the steps of a sampler."""
+
+    @property
     def origin(self) -> dict[str, str | int]:
         """What is stored in pictures about how they came about, beside the request."""
+        return {
+            "model": self.name,
+            "weights": self.model.sha256[:12],
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "format": self.format,
+            "device": self.device.type,
+            "threads": self.threads,
+        }
 
     def params(self, prompt: str, **settings) -> Params:
         """Request with this model's own defaults where a setting is not given; raises ParamError."""

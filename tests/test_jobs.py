@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,12 +65,8 @@ tell(ending[0] if ending else "done")
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Maker of what a server has: a new one for each call, all of the same folder."""
-    monkeypatch.setattr(
-        Jobs, "command", lambda self, job: [sys.executable, "-c", RUN, str(self.run(job))], raising=True
-    )
-    monkeypatch.setattr(module, "TICK", 0.05)
+def servers(tmp_path, monkeypatch) -> Iterator[Callable[[], Jobs]]:
+    """Maker of what a server has: a new one for each call, all of the same folder; closed before patches end."""
     made = []
 
     def start() -> Jobs:
@@ -80,6 +76,16 @@ def server(tmp_path, monkeypatch):
     yield start
     for jobs in made:
         jobs.close()
+
+
+@pytest.fixture
+def server(servers, monkeypatch) -> Callable[[], Jobs]:
+    """Maker of servers whose processes only pretend."""
+    monkeypatch.setattr(
+        Jobs, "command", lambda self, job: [sys.executable, "-c", RUN, str(self.run(job))], raising=True
+    )
+    monkeypatch.setattr(module, "TICK", 0.05)
+    return servers
 
 
 @pytest.fixture
@@ -309,7 +315,7 @@ STEPS = 48
 
 
 @pytest.fixture
-def real(tmp_path, monkeypatch, one_thread) -> Iterator:
+def real(servers, monkeypatch, one_thread) -> Callable[[], Jobs]:
     """Maker of servers that fine-tune the tiny model."""
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=Fork, DEVNULL=None))
     for name, value in {"TICK": 0.02, "NICENESS": 0}.items():
@@ -319,15 +325,7 @@ def real(tmp_path, monkeypatch, one_thread) -> Iterator:
             monkeypatch.setattr(part, name, value)
     monkeypatch.setattr(finetune, "CHECKPOINTS", 12)
     monkeypatch.setattr(watch, "previews_a_prompt", lambda config: 1)
-    made = []
-
-    def start() -> Jobs:
-        made.append(Jobs(tmp_path / "jobs"))
-        return made[-1]
-
-    yield start
-    for jobs in made:
-        jobs.close()
+    return servers
 
 
 def process_of(jobs: Jobs, job: Job, former: int) -> int:

@@ -86,9 +86,7 @@ class VQGANStage:
         self.made_from = {"--data": self.pairs.fingerprint, "--preset": repr(config), "--seed": str(seed)}
         torch.manual_seed(seed)
         self.network = self.objective()
-        every = max(1, len(held_out) // VALIDATION_BATCH)  # spread over all sets, which lie one after another
-        chosen = held_out[::every]
-        self.held_out = plain_render(self.pairs, chosen, config.image_size) if len(chosen) else ()
+        self.held_out = some_renders(self.pairs, held_out, config.image_size)
 
     def objective(self) -> nn.Module:
         """Network to train."""
@@ -118,10 +116,9 @@ class VQGANStage:
         if not len(self.held_out):
             return {}
         ours, tokens, _ = network.vqgan(self.held_out)
-        error = F.mse_loss(ours.clamp(-1, 1), self.held_out).item()
         usage = torch.bincount(tokens.flatten(), minlength=self.config.codebook_size) / tokens.numel()
         perplexity = torch.exp(-(usage * torch.log(usage.clamp(min=1e-9))).sum()).item()
-        return {"validation_psnr": 10 * math.log10(4 / error), "validation_code_perplexity": perplexity}
+        return {"validation_psnr": psnr(ours, self.held_out), "validation_code_perplexity": perplexity}
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the vqgan part."""
@@ -198,6 +195,22 @@ def weighted(pairs: Pairs, indices: np.ndarray) -> np.ndarray:
     """Indices, those of LESS_SEEN once and all others four times."""
     often = [i for i in indices if pairs.rows[i]["group"] not in LESS_SEEN]
     return np.sort(np.concatenate([indices, *3 * [often]])).astype(np.int64)
+
+
+def style_captions(pairs: Pairs, indices: np.ndarray) -> list[str]:
+    """Captions by style and name."""
+    return [f"{pairs.rows[i]['style']} {pairs.rows[i]['name']}" for i in indices]
+
+
+def psnr(ours: Tensor, real: Tensor) -> float:
+    """Peak signal-to-noise ratio of pixels in [-1, 1], in dB."""
+    return 10 * math.log10(4 / F.mse_loss(ours.clamp(-1, 1), real).item())
+
+
+def some_renders(pairs: Pairs, indices: np.ndarray, size: int) -> Tensor | tuple[()]:
+    """About VALIDATION_BATCH pictures as they are, or nothing; from all sets, which lie one after another."""
+    chosen = indices[:: max(1, len(indices) // VALIDATION_BATCH)]
+    return plain_render(pairs, chosen, size) if len(chosen) else ()
 
 
 def plain_render(pairs: Pairs, indices: np.ndarray, size: int) -> Tensor:
@@ -355,8 +368,7 @@ class DalleStage:
         """Loss in nats a token on drawings held out in one style, captioned by style and name; nothing without any."""
         if not len(self.held_out):
             return {}
-        rows = [self.pairs.rows[i] for i in self.held_out]
-        captions = [f"{row['style']} {row['name']}" for row in rows]
+        captions = style_captions(self.pairs, self.held_out)
         tokens = self.tokens[self.held_out]
         return {"validation_loss": network(**self._batch(captions, tokens, tokens))["loss"].item()}
 

@@ -21,12 +21,13 @@ from dalle_demo.config import UnclipConfig, VQGANConfig
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.pairs import WHITE, Pairs
 from dalle_demo.data.scenes import Scenes
+from dalle_demo.matching import embed_texts
 from dalle_demo.models.clip import CLIP
 from dalle_demo.models.discriminator import LatentDiscriminator
 from dalle_demo.models.transformer import TextEncoder
 from dalle_demo.models.unclip import Generator, NoiseEncoder, Prior
 from dalle_demo.models.vqgan import VAE
-from dalle_demo.text import PAD, Tokenizer
+from dalle_demo.text import PAD
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import (
     adaptive_weight,
@@ -45,12 +46,16 @@ from dalle_demo.training.stages import (
     VQGANStage,
     digest,
     plain_render,
+    psnr,
     resize,
     sample_rng,
     shared_cache,
     shuffled,
+    some_renders,
+    style_captions,
     weighted,
 )
+from dalle_demo.weights import load_clip
 
 VAE_KL_WEIGHT = 1e-3  # of the mean over latents, beside the mean over pixels
 ZOOM, SHIFT = (0.75, 1.05), 0.1  # of drawings that are moved; a shift of 1 is half a side
@@ -94,8 +99,8 @@ class VAEStage(VQGANStage):
         if not len(self.held_out):
             return {}
         latents, _ = network.vae.encode(self.held_out)
-        error = F.mse_loss(network.vae.decode(latents).clamp(-1, 1), self.held_out).item()
-        return {"validation_psnr": 10 * math.log10(4 / error), "validation_spread": latents.std().item()}
+        figures = {"validation_psnr": psnr(network.vae.decode(latents), self.held_out)}
+        return figures | {"validation_spread": latents.std().item()}
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the vae part."""
@@ -159,10 +164,8 @@ class CLIPStage:
         for name, indices in self.held_out.items():
             if not len(indices):
                 continue
-            captions = [f"{self.pairs.rows[i]['style']} {self.pairs.rows[i]['name']}" for i in indices]
-            chunks = np.array_split(indices, math.ceil(len(indices) / VALIDATION_BATCH))
-            size = self.config.clip.image_size
-            image = torch.cat([network.clip.encode_image(plain_render(self.pairs, chunk, size)) for chunk in chunks])
+            captions = style_captions(self.pairs, indices)
+            image = embed_drawings(network.clip, self.pairs, indices, self.config.clip.image_size)
             text = network.encode_text(self.tokenizer.batch(captions, self.config.text_encoder.length))
             near = text @ image.T
             figures[f"{name}_image_top1"] = retrieval(near, 1)
@@ -201,6 +204,12 @@ def retrieval(near: Float[Tensor, "B B"], k: int) -> float:
     """Share of rows in which fewer than k others are at least as near as the row's own."""
     own = near.diagonal()[:, None]
     return ((near >= own).sum(1) <= k).float().mean().item()
+
+
+def embed_drawings(clip: CLIP, pairs: Pairs, indices: np.ndarray, size: int) -> Float[Tensor, "B E"]:
+    """Embeddings of drawings as they are, of which there must be one at least."""
+    chunks = np.array_split(indices, math.ceil(len(indices) / VALIDATION_BATCH))
+    return torch.cat([clip.encode_image(plain_render(pairs, chunk, size)) for chunk in chunks])
 
 
 class View:
@@ -261,14 +270,13 @@ class EmbeddedViews:
         training, self.held_out, _ = pairs_data.split(self.pairs)
         self.rows = np.searchsorted(training, weighted(self.pairs, training))  # of `training`, some of them repeated
         self.drawings, self.scenes = training, Scenes(self.pairs, training)
-        self.text_encoder: TextEncoder = load_part(clip, "text_encoder")
-        self.clip: CLIP = load_part(clip, "clip")
-        self.tokenizer: Tokenizer = load_tokenizer(clip)
         self.made_from = {
             "--data": self.pairs.fingerprint,
             "--seed": str(seed),
             "--clip": f"{stored_hash(clip, 'text_encoder')} {stored_hash(clip, 'clip')}",
         }
+        self.model = load_clip(str(clip))
+        self.clip = self.model.clip
         cache = out.parent / f"embeddings-{digest(self.made_from | {'views': str(VIEWS)})}.npy"
         self.embeddings = shared_cache(cache, len(training), self._embed, workers)  # (P, VIEWS, E)
 
@@ -289,13 +297,6 @@ class EmbeddedViews:
         size = self.config.clip.image_size
         return np.stack([self.clip.encode_image(resize(self.render(row), size)).half().numpy() for row in rows])
 
-    @torch.no_grad()
-    def embed_text(self, captions: list[str]) -> Float[Tensor, "B E"]:
-        """CLIP's embeddings of captions."""
-        ids = self.tokenizer.batch(captions, self.config.text_encoder.length)
-        mask = ids != PAD
-        return self.clip.encode_text(self.text_encoder(ids, mask), mask)
-
     def choose(self, samples: range) -> tuple[np.ndarray, list[np.random.Generator], np.ndarray]:
         """Rows, sources of randomness and numbers of the views of these samples."""
         rows = shuffled(self.rows, self.seed, samples)
@@ -312,11 +313,10 @@ class PriorStage:
         torch.manual_seed(seed)
         self.network = PriorObjective(Prior(config.prior))
         pairs, held_out = self.views.pairs, self.views.held_out
-        self.captions = [f"{pairs.rows[i]['style']} {pairs.rows[i]['name']}" for i in held_out]
-        with torch.no_grad():
-            chunks = np.array_split(held_out, math.ceil(len(held_out) / VALIDATION_BATCH)) if len(held_out) else []
-            encode, size = self.views.clip.encode_image, config.clip.image_size
-            self.held_out = [encode(plain_render(pairs, chunk, size)) for chunk in chunks]
+        self.captions, self.held_out = style_captions(pairs, held_out), None
+        if len(held_out):
+            with torch.no_grad():
+                self.held_out = embed_drawings(self.views.clip, pairs, held_out, config.clip.image_size)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Embeddings of captions and pictures (B, E), noise to begin from (B, E) and times (B,)."""
@@ -325,7 +325,8 @@ class PriorStage:
             self.views.view(row, number).caption(self.views.pairs, rng)
             for row, number, rng in zip(rows, numbers, rngs, strict=True)
         ]
-        text = self.views.embed_text(captions)
+        with torch.no_grad():
+            text = embed_texts(self.views.model, captions)
         text[[rng.random() < COND_DROP_PROB for rng in rngs]] = 0
         shape = self.config.prior.embed_dim
         return {
@@ -337,9 +338,9 @@ class PriorStage:
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Cosine of what is drawn for held-out captions to the picture's embedding, and how often it is the nearest."""
-        if not self.held_out:
+        if self.held_out is None:
             return {}
-        image, text = torch.cat(self.held_out), self.views.embed_text(self.captions)
+        image, text = self.held_out, embed_texts(self.views.model, self.captions)
         noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
         near = network.prior.sample(text, noise, 1.0) @ image.T
         text_near = (text * image).sum(1).mean().item()
@@ -384,9 +385,7 @@ class UnclipStage:
         self.latents = shared_cache(cache, len(self.views.drawings), self._encode, workers)  # (P, VIEWS, C, h, w)
         torch.manual_seed(seed)
         self.network = UnclipObjective(config, self.vae, self.views.clip)
-        every = max(1, len(self.views.held_out) // VALIDATION_BATCH)
-        chosen = self.views.held_out[::every]
-        self.held_out = plain_render(self.views.pairs, chosen, config.vae.image_size) if len(chosen) else ()
+        self.held_out = some_renders(self.views.pairs, self.views.held_out, config.vae.image_size)
 
     @torch.inference_mode()
     def _encode(self, rows: range) -> np.ndarray:
