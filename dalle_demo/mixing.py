@@ -34,8 +34,11 @@ def apart(seen: Seen) -> list[Seen]:
     return [Seen(embedding, noise) for embedding, noise in zip(seen.embedding, seen.noise, strict=True)]
 
 
-def slerp(a: Float[Tensor, "*B E"], b: Float[Tensor, "*B E"], share: float) -> Float[Tensor, "*B E"]:
-    """Point of the arc from `a` (share 0, to the bit) to `b` (share 1); its length goes along (Shoemake 1985)."""
+def slerp(a: Float[Tensor, "*#B E"], b: Float[Tensor, "*#B E"], share: float) -> Float[Tensor, "*#B E"]:
+    """Point of the arc from `a` (share 0, to the bit) to `b` (share 1); its length goes along (Shoemake 1985).
+
+    A single vector stands for as many as the other has.
+    """
     angle = torch.acos(F.cosine_similarity(a, b, dim=-1).clamp(-1, 1))[..., None]
     bent = (angle > PARALLEL) & (angle < math.pi - PARALLEL)
     whole = torch.where(bent, angle, 1.0)  # so that no branch divides by zero

@@ -74,7 +74,7 @@ def test_attention_by_the_formula():
 
 def test_encoder_layer_by_the_formula():
     config = CONFIG.text_encoder
-    layer = spread(EncoderLayer(config))
+    layer = spread(EncoderLayer(config.width, config.heads, config.glu_width))
     x = torch.randn(2, 9, config.width)
     mask = torch.arange(9) < torch.tensor([[9], [5]])
 

@@ -115,7 +115,7 @@ class Values:
             raise ParamError(name, f"must be a number from {low} to {high}, not {str(value)[:40]!r}")
         if not low <= value <= high:
             raise ParamError(name, f"must be from {low} to {high}, not {short(value)}")
-        return value
+        return float(value)
 
     def choice(self, name: str, choices: Iterable[str]) -> str:
         """One of several words."""
@@ -212,7 +212,7 @@ def edit(engine: UnclipEngine, values: Values) -> Scene:
 def walk(engine: UnclipEngine, values: Values) -> Scene:
     """The picture that a walk begins and ends with."""
     params = values.params(engine, values.text("prompt"))
-    request = params.alone() | {"operation": "walk", "frames": values.number("frames"), "seed": params.seed}
+    request = params.alone() | {"operation": "walk", "frames": int(values.number("frames")), "seed": params.seed}
     return Scene(mixing.apart(_imagined(engine, params))[:1], [request], texts=[params.prompt])
 
 
