@@ -61,15 +61,16 @@ VAE_KL_WEIGHT = 1e-3  # of the mean over latents, beside the mean over pixels
 ZOOM, SHIFT = (0.75, 1.05), 0.1  # of drawings that are moved; a shift of 1 is half a side
 MOVED_SHARE = 0.5  # of drawings; the others are seen as they are
 VIEWS = 4  # of each drawing that prior and generator see, made once: as it is, moved, and two scenes
+CAPTIONS = 8  # of each view that the prior reads; few enough for their embeddings to be kept
 NOISE_KL_WEIGHT = 3e-3  # of the sum over the noise's dimensions, beside the mean over latents
 ADVERSARIAL_WEIGHT = 0.3  # of the discriminator's pull, where the reconstruction's is 1
 # Samples before the discriminator comes in: until the generator has learned shapes it wins at once and teaches nothing
-ADVERSARIAL_FROM = 400_000
+ADVERSARIAL_FROM = 1_500_000
 GRADIENT_PENALTY = 5.0
 EMBEDDING_WEIGHT = 0.2  # of the distance to CLIP's embedding of the real picture
 DRAWN_SHARE = 0.5  # of a batch for which a picture is drawn freely, beside the rebuilt ones
 DECODED = 4  # of those that each process decodes, to compare embeddings
-EMBEDDING_NOISE = 0.2  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
+EMBEDDING_NOISE = 0.5  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
 CROWD = 4  # samples of one embedding whose distances are watched
 
 
@@ -314,6 +315,7 @@ class PriorStage:
         self.network = PriorObjective(Prior(config.prior))
         pairs, held_out = self.views.pairs, self.views.held_out
         self.captions, self.held_out = style_captions(pairs, held_out), None
+        self._embedded: dict[str, Tensor] = {}
         if len(held_out):
             with torch.no_grad():
                 self.held_out = embed_drawings(self.views.clip, pairs, held_out, config.clip.image_size)
@@ -321,12 +323,9 @@ class PriorStage:
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Embeddings of captions and pictures (B, E), noise to begin from (B, E) and times (B,)."""
         rows, rngs, numbers = self.views.choose(samples)
-        captions = [
-            self.views.view(row, number).caption(self.views.pairs, rng)
-            for row, number, rng in zip(rows, numbers, rngs, strict=True)
-        ]
-        with torch.no_grad():
-            text = embed_texts(self.views.model, captions)
+        choices = [rng.integers(CAPTIONS) for rng in rngs]
+        captions = [self._caption(*choice) for choice in zip(rows, numbers, choices, strict=True)]
+        text = self._embed(captions)
         text[[rng.random() < COND_DROP_PROB for rng in rngs]] = 0
         shape = self.config.prior.embed_dim
         return {
@@ -335,6 +334,19 @@ class PriorStage:
             "noise": torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])),
             "time": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
         }
+
+    def _caption(self, row: int, number: int, choice: int) -> str:
+        """One of the captions of a view, the same each time."""
+        rng = np.random.default_rng([self.views.seed, row, number, choice])
+        return self.views.view(row, number).caption(self.views.pairs, rng)
+
+    @torch.no_grad()
+    def _embed(self, captions: list[str]) -> Float[Tensor, "B E"]:
+        """Embeddings in half precision, which are kept: the text encoder takes ten times as long as the prior."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._embedded]
+        if new:
+            self._embedded.update(zip(new, embed_texts(self.views.model, new).half(), strict=True))
+        return torch.stack([self._embedded[caption] for caption in captions]).float()
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Cosine of what is drawn for held-out captions to the picture's embedding, and how often it is the nearest."""
