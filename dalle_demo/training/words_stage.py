@@ -1,0 +1,157 @@
+"""captions, nouns without pictures -> a text encoder that knows what to show for both: the stage `words`.
+
+A public sentence encoder says which captions a noun is near to, and CLIP's embedding of the noun is to be what lies
+between theirs. Captions keep the embeddings they have, so prior and generator go on as they are. CLIP's own half of the
+weights stays, and with it the space where words and pictures meet.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dalle_demo.checkpoints import save_parts, stored_hash
+from dalle_demo.data import pairs as pairs_data
+from dalle_demo.matching import embed_texts
+from dalle_demo.training.loop import Workers
+from dalle_demo.training.losses import distillation_loss
+from dalle_demo.training.stages import (
+    HELD_OUT_PHRASES,
+    digest,
+    sample_rng,
+    shared_cache,
+    shuffled,
+    style_captions,
+    teach,
+    weighted,
+)
+from dalle_demo.training.unclip_stages import CLIPObjective
+from dalle_demo.weights import load_clip
+
+NEIGHBOURS, SHARPNESS = 8, 20.0  # of a noun among the captions; the weight of one is exp(sharpness x cosine)
+NEAR = 0.45  # least cosine of a noun to its nearest caption: others name what this model has never seen anything like
+WORD_SHARE = 0.5  # of samples; the others are captions
+CHUNK = 256
+
+
+class WordsStage:
+    """Train a finished CLIP's text encoder on nouns of a file, one a line, and on captions."""
+
+    def __init__(self, data: Path, clip: Path, words: Path, out: Path, workers: Workers, seed: int = 0):
+        self.pairs, self.seed, self.clip_folder = pairs_data.load(data), seed, clip
+        training, self.held_out, _ = pairs_data.split(self.pairs)
+        self.training = weighted(self.pairs, training)
+        nouns = words.read_text(encoding="utf-8").splitlines()
+        self.made_from = {
+            "--data": self.pairs.fingerprint,
+            "--seed": str(seed),
+            "--words": digest({"nouns": "\n".join(nouns)}),
+            "--clip": f"{stored_hash(clip, 'text_encoder')} {stored_hash(clip, 'clip')}",
+        }
+        self.model = load_clip(str(clip))
+        rows = [self.pairs.rows[i] for i in training]
+        self.captions = sorted({text for row in rows for text in (row["name"], *row["keywords"])})
+        styles = sorted({row["style"] for row in rows})
+        self.forms = [*dict.fromkeys(pairs_data.TEMPLATES), *(f"{style} {{}}" for style in styles)]
+        name = digest(self.made_from)
+        known = shared_cache(out / f"captions-{name}.npy", len(self.captions), self._teach(self.captions), workers)
+        vectors = shared_cache(out / f"nouns-{name}.npy", len(nouns), self._teach(nouns), workers)
+        places, weights = nearest_captions(torch.from_numpy(vectors), torch.from_numpy(known))
+        near = np.flatnonzero(~torch.isnan(weights[:, 0]).numpy())
+        self.nouns, self.places, self.weights = [nouns[i] for i in near], places[near], weights[near]
+        forms = out / f"forms-{name}.npy"
+        self.embedded = shared_cache(forms, len(self.captions), self._embed_forms, workers)  # (C, forms, E)
+        aside = np.random.default_rng(seed).random(len(near)) < HELD_OUT_PHRASES
+        self.trained, self.kept_aside = np.flatnonzero(~aside), np.flatnonzero(aside)
+        text_encoder = copy.deepcopy(self.model.text_encoder).train().requires_grad_(True)
+        self.network = WordsObjective(CLIPObjective(text_encoder, self.model.clip))
+
+    @staticmethod
+    def _teach(phrases: list[str]):
+        return lambda rows: teach([phrases[i] for i in rows])
+
+    @torch.inference_mode()
+    def _embed_forms(self, rows: range) -> np.ndarray:
+        """CLIP's embeddings (B, forms, E) of captions in each of the forms."""
+        texts = [form.format(self.captions[i]) for i in rows for form in self.forms]
+        chunks = [embed_texts(self.model, texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
+        return torch.cat(chunks).unflatten(0, (len(rows), -1)).half().numpy()
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Ids (B, T) of nouns and captions, and the embeddings (B, E) that they are to have."""
+        nouns, captions = (shuffled(side, self.seed, samples) for side in (self.trained, self.training))
+        texts, targets = [], torch.empty(len(samples), self.embedded.shape[-1])
+        asked = []
+        for i, sample in enumerate(samples):
+            rng = sample_rng(self.seed, sample)
+            if rng.random() < WORD_SHARE:
+                form = int(rng.integers(len(self.forms)))
+                texts.append(self.forms[form].format(self.nouns[nouns[i]]))
+                targets[i] = self._between(nouns[i], form)
+            else:
+                texts.append(pairs_data.caption(self.pairs.rows[captions[i]], rng))
+                asked.append(i)
+        if asked:
+            targets[asked] = self._embed([texts[i] for i in asked])
+        return {"text_ids": self._ids(texts), "target": targets}
+
+    def _between(self, noun: int, form: int) -> Float[Tensor, " E"]:
+        """What lies between the captions nearest to a noun."""
+        near = torch.from_numpy(self.embedded[self.places[noun], form]).float()
+        return F.normalize(self.weights[noun] @ near, dim=0)
+
+    @torch.no_grad()
+    def _embed(self, texts: list[str]) -> Float[Tensor, "B E"]:
+        return embed_texts(self.model, texts)
+
+    def _ids(self, texts: list[str]) -> Tensor:
+        return self.model.tokenizer.batch(texts, self.model.text_config.length)
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Mean cosines to what is wanted: of nouns that are never trained on, and of captions held out in a style."""
+        figures = {}
+        if len(self.kept_aside):
+            wanted = torch.stack([self._between(i, 0) for i in self.kept_aside])
+            ours = network.clip.encode_text(self._ids([self.nouns[i] for i in self.kept_aside]))
+            figures["validation_nouns"] = (ours * wanted).sum(1).mean().item()
+        if len(self.held_out):
+            captions = style_captions(self.pairs, self.held_out)
+            ours = network.clip.encode_text(self._ids(captions))
+            figures["validation_captions"] = (ours * self._embed(captions)).sum(1).mean().item()
+        return figures
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Write the text_encoder and clip parts and the tokenizer."""
+        parts = {"text_encoder": network.clip.text_encoder, "clip": network.clip.clip}
+        configs = {"text_encoder": self.model.text_config, "clip": self.model.config}
+        save_parts(folder, configs, parts, self.clip_folder / "tokenizer.json")
+
+
+class WordsObjective(nn.Module):
+    """Cosine distance of texts' embeddings to those they are to have."""
+
+    def __init__(self, clip: CLIPObjective):
+        super().__init__()
+        clip.clip.requires_grad_(False)
+        self.clip = clip
+
+    def forward(self, text_ids: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses of one batch."""
+        return {"loss": distillation_loss(self.clip.encode_text(text_ids), target)}
+
+
+def nearest_captions(
+    nouns: Float[Tensor, "W V"], captions: Float[Tensor, "C V"]
+) -> tuple[Tensor, Float[Tensor, "W K"]]:
+    """Places (W, K) of the captions whose unit vectors are nearest to each noun's, and their shares; nan: not near."""
+    places, weights = [], []
+    for chunk in nouns.split(CHUNK):
+        near, place = (chunk @ captions.T).topk(min(NEIGHBOURS, len(captions)), dim=1)
+        share = torch.softmax(SHARPNESS * near, dim=1)
+        weights.append(share.masked_fill(near[:, :1] < NEAR, torch.nan))
+        places.append(place)
+    return torch.cat(places), torch.cat(weights)

@@ -1,0 +1,70 @@
+"""Nouns without pictures: which are read, and that a text encoder learns what to show for them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_tiny import make_plan
+
+from dalle_demo.data import words
+from dalle_demo.matching import embed_texts
+from dalle_demo.training import words_stage
+from dalle_demo.training.loop import train
+from dalle_demo.training.words_stage import WordsStage, nearest_captions
+from dalle_demo.weights import load_clip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NPM = Path(__file__).parent / "fixtures" / "npm"
+NOUNS = ("scarlet", "crimson", "navy blue", "emerald", "charcoal", "rose", "container", "tyrannosaurus")
+
+
+@pytest.fixture
+def stage_of(data_folder, shipped, tmp_path):
+    """Maker of the stage on a few nouns."""
+    (tmp_path / "nouns.txt").write_text("".join(f"{noun}\n" for noun in NOUNS), encoding="utf-8")
+    return lambda workers: WordsStage(
+        data_folder, shipped / "clip-nano", tmp_path / "nouns.txt", tmp_path, workers, seed=1
+    )
+
+
+def test_nouns_name_what_can_be_drawn(tmp_path):
+    """No abstractions, places and names of persons; the spelling with signs is left out."""
+    assert words.build(tmp_path / "nouns.txt", NPM) == 15
+    found = (tmp_path / "nouns.txt").read_text(encoding="utf-8").splitlines()
+    assert found == sorted(found)
+    assert {"puppy", "toy poodle", "automobile", "thunderstorm", "pumpkin vine"} <= set(found)
+    assert not {"entity", "Paris", "jack-o'-lantern", "City of Light", "genus Paris"} & set(found)
+
+
+def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, alone):
+    stage = stage_of(alone)
+    whole, halves = stage.batch(range(8, 24)), [stage.batch(range(8, 12)), stage.batch(range(12, 24))]
+    torch.testing.assert_close(whole["target"], torch.cat([half["target"] for half in halves]), atol=1e-5, rtol=1e-5)
+
+
+def test_shares_of_the_nearest_captions():
+    captions = torch.eye(3)
+    nouns = torch.tensor([[0.8, 0.6, 0.0], [0.4, 0.4, 0.4]])
+    places, weights = nearest_captions(nouns, captions)
+    assert places[0].tolist() == [0, 1, 2]
+    expected = np.exp(20 * np.array([0.8, 0.6, 0.0]))
+    np.testing.assert_allclose(weights[0], expected / expected.sum(), rtol=1e-4)
+    assert weights[1].isnan().all()  # nothing is near
+
+
+def test_nouns_come_to_what_their_captions_show_and_captions_stay(stage_of, shipped, tmp_path, monkeypatch, alone):
+    """The real teacher knows that scarlet is a red; the clip part, with which a DALL-E 2 model is checked, stays."""
+    monkeypatch.setattr(words_stage, "HELD_OUT_PHRASES", 0)
+    stage = stage_of(alone)
+    assert "tyrannosaurus" not in stage.nouns  # nothing in the data is like it
+    train(stage_of, make_plan(80), tmp_path / "run")
+    before, after = load_clip(str(shipped / "clip-nano")), load_clip(str(tmp_path / "run" / "weights"))
+    assert after.sha256 == before.sha256
+    captions = [f"{style} {colour} box" for style in ("flat", "bold") for colour in ("red", "green", "pink")]
+    with torch.inference_mode():
+        wanted = torch.stack([stage._between(i, 0) for i in range(len(stage.nouns))])
+        near = [(embed_texts(clip, stage.nouns) * wanted).sum(1).mean() for clip in (before, after)]
+        kept = (embed_texts(before, captions) * embed_texts(after, captions)).sum(1)
+    assert near[1] > near[0] + 0.3 * (1 - near[0])
+    assert kept.min() > 0.9
