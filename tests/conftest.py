@@ -1,11 +1,13 @@
 """Tiny seeded models and data, made once a session."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from finetune_runs import Processes
 from PIL import Image
 from tiny import save_tiny, save_tiny_clip, save_tiny_unclip, tiny_config, tiny_unclip_config
 
@@ -112,3 +114,11 @@ def data(upload, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "data"
     uploads.prepare([upload], folder)
     return folder
+
+
+@pytest.fixture
+def processes(data) -> Iterator[Processes]:
+    """Fine-tuning in processes of its own."""
+    started = Processes(data)
+    yield started
+    started.close()

@@ -8,11 +8,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dalle_demo.training import finetune, finetune_stage
+from dalle_demo.training import dalle_finetune_stage, finetune, finetune_stage, unclip_finetune_stage
 
+NAMES = ("sun", "box moon", "big star")  # drawn by the base, if no caption has a word of them
 SMALL = {
-    finetune: {"BATCH": 4, "CHECKPOINTS": 5},
-    finetune_stage: {"RENDERS": 3, "KEPT": ("sun", "box moon", "big star")},
+    finetune: {"BATCH": 4, "UNCLIP_BATCH": 4, "CHECKPOINTS": 5},
+    finetune_stage: {"RENDERS": 3},
+    dalle_finetune_stage: {"KEPT": NAMES},
+    unclip_finetune_stage: {"KEPT": NAMES, "MORE_KEPT": (), "KEPT_EACH": 2},
 }
 
 

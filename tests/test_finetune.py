@@ -1,19 +1,16 @@
 """Fine-tuning goes on where it was broken off, keeps the best, answers what it is asked, and tells what it does."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from finetune_tiny import SMALL
+from finetune_runs import assert_same_run, checkpoint
+from finetune_tiny import NAMES, SMALL
 from PIL import Image
 from tiny import save_tiny, tiny_config
 
@@ -22,15 +19,15 @@ from dalle_demo.checkpoints import stored_hash
 from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import grid
-from dalle_demo.training import finetune, finetune_stage, lora, stages, watch
+from dalle_demo.training import dalle_finetune_stage, finetune, lora, stages, watch
+from dalle_demo.training.dalle_finetune_stage import DalleFinetuneStage
 from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
-from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep, vary
+from dalle_demo.training.finetune_stage import FinetuneStage, free_names, vary
 from dalle_demo.training.loop import Monitor, Run
 from dalle_demo.training.watch import judge
 from dalle_demo.weights import load_dalle
 
-DRIVER = Path(__file__).with_name("finetune_tiny.py")
 LOSSES = ("validation_loss", "seen_loss")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,41 +51,15 @@ def settings(nano_folder, data):
 def stage_of(tmp_path, alone):
     """Maker of stages."""
 
-    def make(settings: FinetuneSettings) -> FinetuneStage:
+    def make(settings: FinetuneSettings) -> DalleFinetuneStage:
         finetune.bring_data(settings, tmp_path / "stage", resume=False)
-        return FinetuneStage(settings, settings.plan(), tmp_path / "stage", alone)
+        return DalleFinetuneStage(settings, settings.plan(), tmp_path / "stage", alone)
 
     return make
 
 
 def state(out: Path) -> dict:
     return json.loads((out / "state.json").read_text())
-
-
-def checkpoint(out: Path) -> dict:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Adapters, averages, optimizer, exported files, previews and what was logged of losses are equal to the bit."""
-    first, second = checkpoint(one), checkpoint(other)
-    for part in ("network", "ema"):
-        assert list(first[part]) == list(second[part]) != []
-        assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
-    for ours, theirs in zip(first["optimizers"], second["optimizers"], strict=True):
-        for index, values in ours["state"].items():
-            assert all(torch.equal(value, theirs["state"][index][key]) for key, value in values.items())
-    assert read_log(one, "validation_loss")[-1]["step"] == first["step"] == second["step"]
-    losses = [
-        [(line["step"], line["validation_loss"]) for line in read_log(out, "validation_loss")] for out in (one, other)
-    ]
-    assert losses[0] == losses[1]
-    for name in ("weights/model.safetensors", "weights/lora.safetensors", "weights/README.md"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    names = [sorted(path.name for path in (out / "previews").iterdir()) for out in (one, other)]
-    assert names[0] == names[1]
-    for name in names[0]:
-        assert (one / "previews" / name).read_bytes() == (other / "previews" / name).read_bytes(), name
 
 
 # whole runs
@@ -151,54 +122,18 @@ def test_exported_adapters_are_those_that_were_merged(settings, tmp_path, nano_f
         torch.testing.assert_close(off.image_decoder.state_dict()[key].float(), value.float(), rtol=2e-3, atol=5e-4)
 
 
-@pytest.fixture
-def start(data, nano_folder):
-    """Starter of processes that fine-tune the tiny model; none of them outlives its test."""
-    started = []
-
-    def begin(out: Path, steps: int, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-        command = [sys.executable, *launcher, str(DRIVER), "--base", str(nano_folder), "--data", str(data)]
-        command += ["--out", str(out), "--steps", str(steps), *flags]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def finish(process: subprocess.Popen) -> None:
-    output = process.communicate(timeout=250)[0]
-    assert process.returncode == 0, output
-
-
-def test_a_killed_process_goes_on_to_the_bit(start, settings, tmp_path):
+def test_a_killed_process_goes_on_to_the_bit(processes, settings, nano_folder, tmp_path):
     """SIGKILL at a random moment: of a step, a preview, an export or a checkpoint."""
     out, steps = tmp_path / "killed", 30
-    process = start(out, steps)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 1.5))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert checkpoint(out)["step"] < steps
+    processes.kill_midway(nano_folder, out, steps, seconds=random.uniform(0, 1.5))
     finetune.finetune(settings(steps=steps), out, resume=True)
     finetune.finetune(settings(steps=steps), tmp_path / "whole")
     assert_same_run(tmp_path / "whole", out)
 
 
-def test_two_processes_take_the_steps_of_one(start, settings, tmp_path):
+def test_two_processes_take_the_steps_of_one(processes, settings, nano_folder, tmp_path):
     finetune.finetune(settings(steps=4), tmp_path / "one")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    finish(start(tmp_path / "two", 4, launcher=launcher))
+    processes.run_in_two(nano_folder, tmp_path / "two", 4)
     one, two = (read_log(tmp_path / name, "validation_loss") for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     assert one[0]["validation_loss"] == two[0]["validation_loss"]
@@ -211,15 +146,15 @@ def test_two_processes_take_the_steps_of_one(start, settings, tmp_path):
 
 def asking(monkeypatch, out: Path, words: dict[int, str]) -> None:
     """Write a word into `ask` just before the given steps."""
-    original = FinetuneStage.batch
+    original = FinetuneStage.choose
 
-    def batch(self, samples):
+    def choose(self, samples):
         step = samples[0] // self.plan.batch + 1
         if step in words:
             (out / "ask").write_text(words.pop(step))
         return original(self, samples)
 
-    monkeypatch.setattr(FinetuneStage, "batch", batch)
+    monkeypatch.setattr(FinetuneStage, "choose", choose)
 
 
 def test_pause_ends_after_the_step_and_goes_on_to_the_bit(settings, tmp_path, monkeypatch):
@@ -280,14 +215,14 @@ def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
     losses = {0: 1.0, 4: 5.0, 8: 3.0, 12: 4.0, 16: 3.5}
     monkeypatch.setattr(FinetuneStage, "validate", lambda *_: dict.fromkeys(LOSSES, losses.get(len(seen), 9.0)))
     seen, exported = [], {}
-    original, take = finetune_stage.save_tensors, Run.take_step
+    original, take = dalle_finetune_stage.save_tensors, Run.take_step
     monkeypatch.setattr(Run, "take_step", lambda run: (seen.append(0), take(run))[1])
 
     def save(folder, *arguments, **others):
         exported[len(seen)] = folder
         original(folder, *arguments, **others)
 
-    monkeypatch.setattr(finetune_stage, "save_tensors", save)
+    monkeypatch.setattr(dalle_finetune_stage, "save_tensors", save)
     finetune.finetune(settings(), tmp_path)
     assert list(exported) == [4, 8]  # the untrained base is no candidate
     assert "8 of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
@@ -329,7 +264,7 @@ def test_pictures_inside_the_folder_that_is_replaced_are_refused(settings, data,
 
 
 def test_want_of_memory_is_told_in_a_sentence(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(FinetuneStage, "_make_network", lambda _: torch.empty(1 << 60))
+    monkeypatch.setattr(DalleFinetuneStage, "_make_network", lambda _: torch.empty(1 << 60))
     with pytest.raises(ValueError, match="not enough memory to train"):
         finetune.finetune(settings(), tmp_path)
     assert "not enough memory" in state(tmp_path)["message"]
@@ -390,8 +325,8 @@ def test_training_never_sees_held_out_pictures_and_drops_captions(settings, stag
     dropped = ((batch["text_ids"] != 1).sum(1) == 2).float().mean()  # only <s> </s>
     assert 0.04 < dropped < 0.18
     assert stage.kept == ["sun", "big star"] * 2
-    known = np.concatenate([stage.tokens[training].reshape(-1, stage.tokens.shape[-1]), stage.kept_tokens])
-    own = [(stage.kept_tokens == row).all(1).any() for row in batch["image_tokens"].numpy()]
+    known = np.concatenate([stage.encoded[training].reshape(-1, stage.encoded.shape[-1]), stage.kept_encoded])
+    own = [(stage.kept_encoded == row).all(1).any() for row in batch["image_tokens"].numpy()]
     assert 0.3 < np.mean(own) < 0.5
     assert all((known == row).all(1).any() for row in batch["image_tokens"][:20].numpy())
     assert (batch["inputs"] != batch["image_tokens"]).float().mean() > 0.1
@@ -425,9 +360,11 @@ def test_large_models_are_read_and_checkpoint_their_activations(settings, stage_
     from dalle_demo import weights
 
     monkeypatch.setattr(weights, "LARGE", 0)
-    monkeypatch.setattr(finetune, "LARGE", 0)
+    monkeypatch.setattr(dalle_finetune_stage, "LARGE", 0)
     large = stage_of(settings())
     assert large.plan.batch == finetune.LARGE_BATCH
+    assert (plain.kept, large.kept) == (["sun", "big star"] * 2, ["sun", "big star"])
+    assert large.names_to_keep(large.examples) == large.kept, "also once the network is made"
     batch, losses = plain.batch(range(4)), []
     for stage in (plain, large):
         run = Run(stage, stage.plan, tmp_path, alone, Monitor())
@@ -442,8 +379,9 @@ def test_large_models_are_read_and_checkpoint_their_activations(settings, stage_
 def test_names_that_are_in_a_caption_are_not_kept_as_the_base_draws_them():
     captions = ["a BOX in my style", "stars", "鳥"]
     examples = [uploads.Example(f"pictures/{i:04d}.png", caption, "", i) for i, caption in enumerate(captions)]
-    assert names_to_keep(examples, large=False) == ["sun", "big star"] * 2
-    assert names_to_keep(examples, large=True) == ["sun", "big star"]
+    assert free_names(examples, NAMES) == ["sun", "big star"]
+    examples.append(uploads.Example("pictures/0003.png", "big sun", "", 3))
+    assert free_names(examples, NAMES) == ["sun"], "there must be one"
 
 
 @pytest.mark.parametrize("background", [255, 90])
@@ -534,7 +472,7 @@ def test_previews_name_the_nearest_training_picture(settings, stage_of, monkeypa
             [picture] = to_pil(stage.pixels([stage.examples[copied]]))
             yield type("Update", (), {"images": [picture] * params[0], "seeds": [*range(params[1], sum(params))]})
 
-    monkeypatch.setattr(watch, "DalleEngine", Copier)
+    monkeypatch.setattr(stage, "engine", Copier)
     folder = stage.out / "previews"
     assert watch.draw_previews(stage, stage.network, 12, folder) == 1
     drawn = json.loads((folder / "000012.json").read_text())

@@ -1,7 +1,7 @@
-"""a few pictures with captions, a base model -> a tuned model: adapters on the image decoder, or all its weights.
+"""a few pictures with captions, a base model -> a tuned model, of either engine: adapters, or all weights.
 
-Training is `loop.Run` with the stage of `finetune_stage.py`, so it is resumable to the bit and data-parallel as all
-stages are. What people see of a run is made in `watch.py`.
+Training is `loop.Run` with the stage of `dalle_finetune_stage.py` or `unclip_finetune_stage.py`, so it is resumable to
+the bit and data-parallel as all stages are. What people see of a run is made in `watch.py`.
 """
 
 import contextlib
@@ -20,23 +20,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from dalle_demo.checkpoints import StoredPart, stored_config
+from dalle_demo.checkpoints import stored_config
 from dalle_demo.config import GenerateParams
 from dalle_demo.data import uploads
-from dalle_demo.engines import DalleEngine
-from dalle_demo.hardware import seconds_per_image
 from dalle_demo.training import loop
-from dalle_demo.training.finetune_stage import FinetuneStage, names_to_keep
+from dalle_demo.training.dalle_finetune_stage import DalleFinetuneStage, is_large
+from dalle_demo.training.finetune_stage import FinetuneStage
 from dalle_demo.training.loop import Plan, Workers
+from dalle_demo.training.unclip_finetune_stage import UnclipFinetuneStage
 from dalle_demo.training.watch import Watch, previews_of, write_json
-from dalle_demo.weights import LARGE, find
+from dalle_demo.weights import find, is_unclip
 
 # Steps. A LoRA step of nano takes 0.4 s of 2 cores, so these take about 1, 3 and 10 minutes with previews
 EFFORTS = {"try": 100, "balanced": 400, "thorough": 1200}
 LEARNING_RATES = {"lora": 5e-4, "full": 2e-4}
 BATCH, LARGE_BATCH = 16, 4  # pictures a step, of small and of large decoders
+UNCLIP_BATCH, UNCLIP_LEARNING_RATE = 32, 5e-4
 CHECKPOINTS = 10
 PROBED, PROBED_STEPS = 4, 3
 REPLACED = ("previews", "weights", "data")  # folders of a run, which the next one in its place does away with
@@ -49,7 +48,7 @@ class FinetuneSettings:
     base: str
     data: str  # prepared folder, or anything that data/uploads.py reads
     effort: Literal["try", "balanced", "thorough"] = "balanced"
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full"] | None = None  # as the base has it when None: full for DALL-E 2, else lora
     rank: int = 16
     steps: int | None = None  # as the effort has it when None
     learning_rate: float | None = None  # as the method has it when None
@@ -58,6 +57,7 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self):
+        self._settle_method()
         for name, choices in (("effort", EFFORTS), ("method", LEARNING_RATES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} must be one of {', '.join(choices)}")
@@ -69,6 +69,15 @@ class FinetuneSettings:
             raise ValueError(f"--learning-rate must be between 0 and 1, not {self.learning_rate}")
         if self.prompt:
             GenerateParams(self.prompt)
+
+    def _settle_method(self) -> None:
+        """Fill in the base's own method; a DALL-E 2 model has no other, and its text encoder is CLIP's."""
+        unclip = is_unclip(self.base)
+        if unclip and self.method not in (None, "full"):
+            raise ValueError(f"--method must be full for {self.base}: adapters are for DALL-E models only")
+        if unclip and self.text_encoder:
+            raise ValueError(f"--text-encoder is for DALL-E models only: that of {self.base} is part of its CLIP")
+        object.__setattr__(self, "method", self.method or ("full" if unclip else "lora"))
 
     @classmethod
     def read(cls, out: Path) -> "FinetuneSettings":
@@ -85,13 +94,13 @@ class FinetuneSettings:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the parts that are trained."""
+        """Names of the parts of a DALL-E model that are trained."""
         return ("text_encoder", "image_decoder") if self.text_encoder else ("image_decoder",)
 
     def plan(self) -> Plan:
         """Batch, steps and rate; large models are checkpointed and logged as often by the clock, not by the step."""
         steps, large = self.steps or EFFORTS[self.effort], is_large(self.base)
-        return Plan(
+        plan = Plan(
             batch=LARGE_BATCH if large else BATCH,
             learning_rate=self.learning_rate or LEARNING_RATES[self.method],
             steps=steps,
@@ -101,6 +110,10 @@ class FinetuneSettings:
             log_steps=1 if large else 5,
             precision="auto" if large else "fp32",
         )
+        if not is_unclip(self.base):
+            return plan
+        rate = self.learning_rate or UNCLIP_LEARNING_RATE
+        return dataclasses.replace(plan, batch=UNCLIP_BATCH, learning_rate=rate, betas=(0.5, 0.9))
 
 
 @dataclass(frozen=True)
@@ -129,12 +142,12 @@ def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> Non
     plan, watch = settings.plan(), Watch(out)
     check_encoder(settings.base)
 
-    def make(workers: Workers) -> "FinetuneStage":
+    def make(workers: Workers) -> FinetuneStage:
         if workers.rank == 0:
             watch.begin(plan.steps)
             bring_data(settings, out, resume)
         workers.wait()
-        return FinetuneStage(settings, plan, out, workers, tell=watch.preparing)
+        return stage_of(settings)(settings, plan, out, workers, tell=watch.preparing)
 
     try:
         with memory_in_words(settings.base):
@@ -145,15 +158,14 @@ def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> Non
     watch.end()
 
 
-def is_large(base: str) -> bool:
-    """Whether the base's image decoder is one whose weights stay in their file until they are needed."""
-    shapes = StoredPart(find(base) / "model.safetensors", "image_decoder").shapes
-    return sum(map(math.prod, shapes.values())) > LARGE
+def stage_of(settings: FinetuneSettings) -> type[FinetuneStage]:
+    """The stage that trains models of the base's engine."""
+    return UnclipFinetuneStage if is_unclip(settings.base) else DalleFinetuneStage
 
 
 def check_encoder(base: str) -> None:
     """Raise ValueError for a model that turns tokens into pixels, but not pixels into tokens."""
-    if not stored_config(find(base), "vqgan").encoder:
+    if not is_unclip(base) and not stored_config(find(base), "vqgan").encoder:
         raise ValueError(
             f"{base} cannot be trained on pictures, since its VQGAN was published without an encoder for them: "
             "`python -m dalle_demo weights pull mini-flax` fetches a mini that has one, for --base mini-flax"
@@ -236,16 +248,16 @@ def _measure(settings: FinetuneSettings, data: Path, out: Path) -> Estimate:
     lines = (json.dumps(dataclasses.asdict(example)) + "\n" for example in examples[:PROBED])
     (out / "data" / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
     start = time.monotonic()
-    stage = FinetuneStage(settings, plan, out, alone, most_kept=1)
+    stage = stage_of(settings)(settings, plan, out, alone, most_kept=1)
     prepared = time.monotonic() - start
     run = loop.Run(stage, plan, out, alone, loop.Monitor())
     run.done = 0.0
     times = [_seconds(run.take_step) for _ in range(PROBED_STEPS)]
     step = min(times)
-    DalleEngine(stage.model(run.ema), threads=torch.get_num_threads())  # for the memory that it takes
-    picture = _seconds(lambda: stage.tokenise(range(1)))
-    drawn = len(names_to_keep(examples, is_large(settings.base))) + (CHECKPOINTS + 1) * previews_of(stage.config)
-    drawing = drawn * seconds_per_image(stage.config)
+    engine = stage.engine(run.ema)  # also for the memory that it takes
+    picture = _seconds(lambda: stage.encode(range(1)))
+    drawn = len(stage.names_to_keep(examples)) + (CHECKPOINTS + 1) * previews_of(stage.config)
+    drawing = drawn * stage.seconds_per_picture(engine)
     seconds = prepared + max(0, len(examples) - PROBED) * picture + plan.steps * step + drawing
     return Estimate(step, seconds, _peak_memory())
 

@@ -6,6 +6,7 @@ Sample number i of a run is made from (seed, i) alone, as in stages.py.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -327,13 +328,7 @@ class PriorStage:
         captions = [self._caption(*choice) for choice in zip(rows, numbers, choices, strict=True)]
         text = self._embed(captions)
         text[[rng.random() < COND_DROP_PROB for rng in rngs]] = 0
-        shape = self.config.prior.embed_dim
-        return {
-            "text": text,
-            "image": torch.from_numpy(self.views.embeddings[rows, numbers]).float(),
-            "noise": torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])),
-            "time": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
-        }
+        return prior_batch(text, torch.from_numpy(self.views.embeddings[rows, numbers]).float(), rngs)
 
     def _caption(self, row: int, number: int, choice: int) -> str:
         """One of the captions of a view, the same each time."""
@@ -366,6 +361,15 @@ class PriorStage:
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the prior part."""
         save_parts(folder, {"prior": self.config.prior}, {"prior": network.prior})
+
+
+def prior_batch(
+    text: Float[Tensor, "B E"], image: Float[Tensor, "B E"], rngs: Sequence[np.random.Generator]
+) -> dict[str, Tensor]:
+    """Embeddings, with noise (B, E) and times (B,) of each sample's own."""
+    noise = np.stack([rng.standard_normal(image.shape[1], dtype=np.float32) for rng in rngs])
+    time = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
+    return {"text": text, "image": image, "noise": torch.from_numpy(noise), "time": time}
 
 
 class PriorObjective(nn.Module):
@@ -407,13 +411,8 @@ class UnclipStage:
         """Latents (B, C, h, w) and embeddings (B, E) of pictures; noise (B, Z) to draw from, and of the posterior."""
         rows, rngs, numbers = self.views.choose(samples)
         embeddings = torch.from_numpy(self.views.embeddings[rows, numbers]).float()
-        shape = (2, self.config.generator.noise_dim)
-        noise = torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
-        error = np.stack([rng.standard_normal(embeddings.shape[1], dtype=np.float32) for rng in rngs])
-        size = torch.tensor([rng.uniform(0, EMBEDDING_NOISE) for rng in rngs], dtype=torch.float32)[:, None]
-        near = F.normalize(embeddings + size * torch.from_numpy(error) / embeddings.shape[1] ** 0.5, dim=-1)
         latents = torch.from_numpy(self.latents[rows, numbers]).float()
-        given = {"latents": latents, "embedding": near, "noise": noise[:, 0], "posterior": noise[:, 1]}
+        given = generator_batch(latents, embeddings, self.config.generator.noise_dim, rngs)
         return given | {"contested": samples.start >= ADVERSARIAL_FROM}
 
     def validate(self, network: nn.Module) -> dict[str, float]:
@@ -444,6 +443,17 @@ class UnclipStage:
         parts = {name: getattr(network, name) for name in names} | {"vae": self.vae}
         configs = dict.fromkeys(names, self.config.generator) | {"vae": self.config.vae}
         save_parts(folder, configs, parts)
+
+
+def generator_batch(
+    latents: Float[Tensor, "B C h w"], embeddings: Float[Tensor, "B E"], size: int, rngs: Sequence[np.random.Generator]
+) -> dict[str, Tensor]:
+    """Latents, embeddings with an error, noise (B, size) to draw from, and that of the posterior."""
+    noise = torch.from_numpy(np.stack([rng.standard_normal((2, size), dtype=np.float32) for rng in rngs]))
+    error = np.stack([rng.standard_normal(embeddings.shape[1], dtype=np.float32) for rng in rngs])
+    most = torch.tensor([rng.uniform(0, EMBEDDING_NOISE) for rng in rngs], dtype=torch.float32)[:, None]
+    near = F.normalize(embeddings + most * torch.from_numpy(error) / embeddings.shape[1] ** 0.5, dim=-1)
+    return {"latents": latents, "embedding": near, "noise": noise[:, 0], "posterior": noise[:, 1]}
 
 
 class UnclipObjective(nn.Module):

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle_demo.config import DalleConfig
-from dalle_demo.engines import DalleEngine
+from dalle_demo.config import DalleConfig, UnclipConfig
 from dalle_demo.images import from_pil, grid
 from dalle_demo.training.export import overall, read_log
 from dalle_demo.training.loop import Monitor, Run
@@ -33,6 +32,7 @@ DOINGS = {
     "pictures": "Reading the pictures.",
     "model": "Loading the model.",
     "tokens": "Turning pictures into tokens, {done} of {total}.",
+    "latents": "Turning pictures into latents and embeddings, {done} of {total}.",
     "kept": "Drawing what the base can, so that it is not forgotten, {done} of {total}.",
     "previews": "Drawing the first previews, {done} of {total}.",
 }
@@ -178,12 +178,12 @@ class Watch(Monitor):
         self.told = time.monotonic()
 
 
-def previews_of(config: DalleConfig) -> int:
+def previews_of(config: DalleConfig | UnclipConfig) -> int:
     """Number of pictures that a checkpoint draws."""
     return 3 * previews_a_prompt(config)
 
 
-def previews_a_prompt(config: DalleConfig) -> int:
+def previews_a_prompt(config: DalleConfig | UnclipConfig) -> int:
     """As many as the model draws by default: large ones take long."""
     return int(config.defaults.get("n", 4))
 
@@ -215,7 +215,7 @@ def draw_previews(
     """
     folder.mkdir(parents=True, exist_ok=True)
     n, rows, pictures = previews_a_prompt(stage.config), [], []
-    engine = DalleEngine(stage.model(network), threads=torch.get_num_threads(), device="cpu")
+    engine = stage.engine(network)
     known = thumbnails_of(stage)
     for kind, prompt in prompts_of(stage).items():
         tell(len(pictures), previews_of(stage.config))

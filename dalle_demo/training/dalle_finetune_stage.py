@@ -1,0 +1,159 @@
+"""prepared folder -> tokens, batches and losses of the DALL-E engine: adapters, or all weights, of its Transformers."""
+
+import copy
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle_demo.checkpoints import StoredPart, save_tensors
+from dalle_demo.config import PARTS
+from dalle_demo.data import uploads
+from dalle_demo.engines import DalleEngine
+from dalle_demo.hardware import seconds_per_image
+from dalle_demo.images import from_pil
+from dalle_demo.models.packed import is_stored, read
+from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.training import lora
+from dalle_demo.training.finetune_stage import KEPT, FinetuneStage, free_names
+from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb
+from dalle_demo.weights import LARGE, Dalle, find, load_dalle
+
+KEPT_EACH, LARGE_KEPT = 2, 16  # drawings of each name; of all names together for large models
+
+
+class DalleFinetuneStage(FinetuneStage):
+    """Train a DALL-E model to write the tokens of the pictures; the VQGAN stays as it is."""
+
+    parts, encoding, unit = tuple(PARTS), "tokens", "nats a token"
+
+    @staticmethod
+    def load(preset: str) -> Dalle:
+        """The base, whose VQGAN computes in fp32."""
+        base = load_dalle(preset)
+        base.vqgan.float()
+        return base
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self.config.vqgan.image_size
+
+    def rebuild(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """What the tokenizer makes of pictures."""
+        return self.base.vqgan(pixels)[0]
+
+    def _encode(self, renders: Float[Tensor, "R 3 H W"]) -> np.ndarray:
+        """Tokens (R, N), a render at a time."""
+        return torch.cat([self.base.vqgan.encode(one[None]) for one in renders]).to(torch.int32).numpy()
+
+    def names_to_keep(self, examples: list[uploads.Example]) -> list[str]:
+        """Prompts of the base's own drawings; large models draw few, since each takes long."""
+        names = free_names(examples, KEPT)
+        return names[:LARGE_KEPT] if is_large(self.settings.base) else names * KEPT_EACH
+
+    def _draw_kept(self, rows: range) -> np.ndarray:
+        """Tokens (B, N) of what the base draws now for these names."""
+        # Small models in the same format at each run, not in the one that is fastest just now, for the same weights
+        form = None if is_stored(self.base.image_decoder) else "float32"
+        engine = DalleEngine(self._copy_of_base(), threads=torch.get_num_threads(), form=form, device="cpu")
+        tokens = np.empty((len(rows), self.config.vqgan.tokens), np.int32)
+        for place, i in enumerate(rows):
+            self.tell("kept", place, len(rows))
+            (last,) = engine.generate(engine.params(self.kept[i], n=1, seed=i), previews=False)
+            with torch.inference_mode():
+                tokens[place] = self.base.vqgan.encode(from_pil(last.images))[0].numpy()
+        return tokens
+
+    def _copy_of_base(self) -> Dalle:
+        parts = {part: copy.deepcopy(getattr(self.base, part)) for part in PARTS}
+        return dataclasses.replace(self.base, **parts)
+
+    def _make_network(self) -> DalleObjective:
+        network = DalleObjective(self.base.text_encoder, self.base.image_decoder)
+        torch.manual_seed(self.settings.seed)
+        large = is_stored(network.image_decoder)
+        for part in self.settings.parts:
+            module = getattr(network, part)
+            read(module)
+            module.float()
+            if self.settings.method == "lora":
+                lora.add(module, self.settings.rank)
+            else:
+                module.requires_grad_(True)
+        if large:
+            for layer in network.image_decoder.layers:  # whose activations are computed again instead of kept
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        return network.float()
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
+        captions, tokens, noisy = [], [], []
+        for caption, row, rng in self.choose(samples):
+            captions.append(caption)
+            tokens.append(row)
+            noisy.append(disturb(row, self.config.vqgan, rng))
+        return self._batch(captions, np.stack(tokens), np.stack(noisy))
+
+    def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
+        return dalle_batch(self.base.tokenizer.batch(captions, self.config.text_encoder.length), tokens, inputs)
+
+    def _loss(self, network: nn.Module, rows: np.ndarray) -> float:
+        total = 0.0
+        for start in range(0, len(rows), self.plan.batch):
+            chunk = rows[start : start + self.plan.batch]
+            tokens = self.encoded[chunk, 0]
+            losses = network(**self._batch([self.examples[i].caption for i in chunk], tokens, tokens))
+            total += losses["loss"].item() * len(chunk)
+        return total / len(rows)
+
+    def _write(self, network: nn.Module, folder: Path) -> None:
+        """Write the model with adapters merged, and the adapters beside it."""
+        parts = {part: getattr(network, part) for part in self.settings.parts}
+        states = {part: StoredPart(self.folder / "model.safetensors", part) for part in PARTS}
+        for part, module in parts.items():
+            states[part] = {key: value.half() for key, value in lora.merged_state(module).items()}
+        configs = {part: getattr(self.config, part) for part in PARTS}
+        if self.settings.method == "lora":
+            lora.save(folder, parts)
+        save_tensors(folder, configs, states, self.folder / "tokenizer.json", defaults=self.config.defaults)
+
+    def engine(self, network: nn.Module) -> DalleEngine:
+        """Engine in the format that is fastest here."""
+        return DalleEngine(self.model(network), threads=torch.get_num_threads(), device="cpu")
+
+    def seconds_per_picture(self, engine: DalleEngine) -> float:
+        """Estimated, for one takes long."""
+        return seconds_per_image(engine.config)
+
+    @property
+    def trained(self) -> str:
+        """Method, and the parts that it is done to."""
+        size = f"LoRA of rank {self.settings.rank}" if self.settings.method == "lora" else "all weights"
+        return f"{size} of {' and '.join(self.settings.parts)}"
+
+    def model(self, network: nn.Module) -> Dalle:
+        """What would be exported, for an engine to take apart."""
+        modules = {"vqgan": copy.deepcopy(self.base.vqgan)}
+        for part, kind in (("text_encoder", TextEncoder), ("image_decoder", ImageDecoder)):
+            module = getattr(network, part)
+            if part not in self.settings.parts:
+                modules[part] = copy.deepcopy(module)
+                continue
+            with torch.device("meta"):
+                modules[part] = kind(getattr(self.config, part))
+            modules[part].load_state_dict(lora.merged_state(module), assign=True)
+            modules[part].eval().requires_grad_(False)
+        return Dalle(self.out.name, "", self.config, self.base.tokenizer, **modules)
+
+
+def is_large(base: str) -> bool:
+    """Whether the base's image decoder is one whose weights stay in their file until they are needed."""
+    shapes = StoredPart(find(base) / "model.safetensors", "image_decoder").shapes
+    return sum(map(math.prod, shapes.values())) > LARGE
