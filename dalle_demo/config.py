@@ -392,7 +392,7 @@ class UnclipParams(Params):
         1.0, 1.0, 10.0, 0.1, "Guidance", "How hard the prior follows the prompt; 1 is off, too much makes all alike."
     )
     truncation: float = _number(
-        1.0, 0.0, 1.0, 0.05, "Variety", "Scale of the generator's noise: lower is safer, 0 draws the average picture."
+        1.0, 0.0, 1.0, 0.05, "Variety", "Scale of all noise: lower is safer, 0 draws the same picture for all seeds."
     )
     candidates: int = _number(
         2, 1, 16, 1, "Embeddings tried", "The prior draws so many for each picture; the nearest to the prompt is used."

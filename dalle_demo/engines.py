@@ -209,14 +209,20 @@ class UnclipEngine(Engine):
             self.threads = threads or quickest_threads(lambda: seconds_of(lambda: self._pixels(*blank)))
 
     @classmethod
-    def load(cls, preset: str = "unclip-nano", threads: int | None = None) -> "UnclipEngine":
+    def load(
+        cls,
+        preset: str = "unclip-nano",
+        threads: int | None = None,
+        change: Callable[[Unclip], Unclip] = lambda model: model,
+    ) -> "UnclipEngine":
         """Engine for a preset or a folder of weights; raises WeightsError.
 
         Args:
             preset: name of a preset, or a folder.
             threads: processor threads, measured when None; another number rounds differently in the last bits.
+            change: what is done to the loaded model.
         """
-        return cls(load_unclip(preset), threads)
+        return cls(change(load_unclip(preset)), threads)
 
     @property
     def steps(self) -> int:
@@ -255,10 +261,11 @@ class UnclipEngine(Engine):
     def walk(self, params: UnclipParams, frames: int) -> list[Image.Image]:
         """A closed walk through noise, from the first picture of a request by that of the next seed and back."""
         params = params.seeded()
+        seeds = [params.seed, params.seed + 1]
         with self._turn():
-            embedding = self._imagine(params, [params.seed]).embedding
-        noise = mixing.loop(*self.noise([params.seed, params.seed + 1]), frames) * params.truncation
-        return self.draw(embedding.expand(frames, -1), noise)
+            _, ends = self._choose(params, self._starts(params, seeds))
+            embedding, _ = self._choose(params, mixing.loop(*ends, frames)[:, None])
+        return self.draw(embedding, mixing.loop(*self.noise(seeds), frames) * params.truncation)
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "B Z"]:
         """The generator's noise of each seed."""
@@ -275,19 +282,29 @@ class UnclipEngine(Engine):
 
     def _imagine(self, params: UnclipParams, seeds: list[int]) -> Seen:
         """Image embeddings from the prior, the nearest to the prompt of each seed's candidates, and noise."""
-        text = embed_text(self.model.clip, params.prompt)
+        embedding, _ = self._choose(params, self._starts(params, seeds))
+        return Seen(embedding, self.noise(seeds) * params.truncation)
+
+    def _starts(self, params: UnclipParams, seeds: Sequence[int]) -> Float[Tensor, "B K E"]:
+        """Noise that the prior begins each seed's candidates from."""
         shape = params.candidates, self.config.prior.embed_dim
         generators = [torch.Generator().manual_seed(MAX_SEED + 1 + seed) for seed in seeds]  # other ones than `noise`'s
-        starts = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
-        def choose(starts: Float[Tensor, "B K E"]) -> Float[Tensor, "B E"]:
+    def _choose(
+        self, params: UnclipParams, starts: Float[Tensor, "B K E"]
+    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]:
+        """The embedding nearest to the prompt of those that the prior draws from each K noises, and its noise."""
+        text = embed_text(self.model.clip, params.prompt)
+
+        def choose(starts: Float[Tensor, "B K E"]) -> Float[Tensor, "B 2 E"]:
             rows = starts.flatten(0, 1)
-            drawn = self.model.prior.sample(text.expand(len(rows), -1), rows, params.guidance_scale)
+            drawn = self.model.prior.sample(text.expand(len(rows), -1), rows * params.truncation, params.guidance_scale)
             drawn = drawn.unflatten(0, starts.shape[:2])
             best = (drawn * text).sum(-1).argmax(1)
-            return drawn[torch.arange(len(drawn)), best]
+            return torch.stack([both[torch.arange(len(both)), best] for both in (drawn, starts)], 1)
 
-        return Seen(in_chunks(choose, starts), self.noise(seeds) * params.truncation)
+        return in_chunks(choose, starts).unbind(1)
 
     def _pixels(self, embeddings: Float[Tensor, "B E"], noise: Float[Tensor, "B Z"]) -> Float[Tensor, "B 3 H W"]:
         return self.model.vae.decode(self.model.generator(noise, embeddings))

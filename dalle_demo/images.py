@@ -93,14 +93,15 @@ def describe(request: Mapping[str, Any], origin: Mapping[str, Any], size: tuple[
     settings = {
         "Steps": origin["steps"],
         "Sampler": origin["sampler"],
-        "CFG scale": request["guidance_scale"],
-        "Seed": request["seed"],
+        "CFG scale": request.get("guidance_scale"),  # of a picture that was made from pictures there is none
+        "Seed": request.get("seed"),
         "Size": f"{size[0]}x{size[1]}",
         "Model": origin["model"],
     }
     told = ("prompt", "n", "seed", "guidance_scale")
     settings |= {name.replace("_", "-").capitalize(): value for name, value in request.items() if name not in told}
-    return f"{request['prompt']}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
+    lines = [f"{name}: {value}" for name, value in settings.items() if value is not None]
+    return f"{request['prompt']}\n{', '.join(lines)}"
 
 
 def slug(prompt: str) -> str:

@@ -145,7 +145,9 @@ def test_again_of_a_foreign_picture(tmp_path, capsys):
     assert "photo.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("request_", [{"prompt": "a cat", "style": "x"}, {"seed": 3}, {}])
+@pytest.mark.parametrize(
+    "request_", [{"prompt": "a cat", "style": "x"}, {"seed": 3}, {}, {"prompt": "cat.png", "operation": "blend"}]
+)
 def test_again_of_another_version(tmp_path, capsys, request_):
     """Settings that this version does not know, or lacks, are one sentence and no traceback."""
     from PIL.PngImagePlugin import PngInfo
@@ -154,7 +156,9 @@ def test_again_of_another_version(tmp_path, capsys, request_):
     chunks.add_text("dalle_demo", json.dumps({"model": "nano", "request": request_}))
     Image.new("RGB", (4, 4)).save(tmp_path / "later.png", pnginfo=chunks)
     assert main(["generate", "--again", str(tmp_path / "later.png"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error
+    assert ("more than a prompt" in error) == ("operation" in request_)
 
 
 @pytest.mark.parametrize(

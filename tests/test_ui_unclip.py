@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_demo import weights
+from dalle_demo import mixing, weights
 from dalle_demo.data import emoji
-from dalle_demo.images import read_request
+from dalle_demo.images import describe, read_request
 from dalle_demo.shelf import Shelf
 from dalle_demo.ui import frames
 from dalle_demo.ui.frames import SECTIONS, SLIDERS, MissingError, Sources, Values
@@ -124,6 +124,34 @@ def test_a_style_is_asked_for_as_in_the_captions():
     assert {source.style: source.style_zh for source in emoji.SOURCES} == STYLES
 
 
+def test_a_style_is_that_of_all_words(scene):
+    """A text diff from a styled prompt to a plain one would take the style away."""
+    styled = {"style": "flat", "change_to": "a house"}
+    for one, other in (
+        (scene(style="flat", second="a house", share=1), scene(style="flat", prompt="a house")),
+        (scene(**styled), scene(prompt="a red apple, flat style", change_to="a house, flat style")),
+        (scene(**styled, change_from="a cat"), scene(**styled, change_from="a red apple")),
+    ):
+        alike = near(one.seen[0], other.seen[0])
+        assert alike == ("a cat" not in str(one.requests))
+
+
+def test_an_edit_without_a_beginning_goes_to_what_the_words_show(unclip, scene, sources, cat):
+    goal = unclip.imagine(unclip.params("a house", n=1, seed=0)).embedding[0]
+    for strength in (0.2, 0.5):
+        _, after = scene(section="edit", source=cat, edit_to="a house", edit_strength=strength).seen
+        expected = mixing.slerp(sources.find(cat).seen.embedding, goal, strength)
+        assert torch.allclose(after.embedding, expected, atol=1e-5)
+    _, other = scene(section="edit", source=cat, edit_from="a cat", edit_to="a house", edit_strength=0.5).seen
+    assert not near(after, other)
+
+
+def test_variations_are_of_the_seed(scene, cat):
+    one, other = (scene(section="variations", source=cat, seed=seed) for seed in (3, 4))
+    assert same(one.seen[1], other.seen[0])
+    assert not same(one.seen[0], other.seen[0])
+
+
 def test_variations_go_further_row_by_row(scene, sources, cat):
     shown, source = scene(section="variations", source=cat, distance=0.9), sources.find(cat).seen
     rows = [shown.seen[start : start + frames.GRID] for start in range(0, len(shown.seen), frames.GRID)]
@@ -167,6 +195,21 @@ def test_a_saved_picture_says_how_it_was_made(unclip, scene, tmp_path):
     assert update.images[0].tobytes() == Image.open(path).tobytes()
     assert origin["weights"] == unclip.origin["weights"]
     assert frames.file_name(shown.requests[2], "png") == "a-red-apple-5.png"
+
+
+def test_files_of_one_page_have_names_of_their_own(scene, sources, cat):
+    other = {"section": "variations", "source": cat, "other": cat, "edit_to": "a house"}
+    names = [
+        frames.file_name(request, "png")
+        for section in ("variations", "blend", "edit")
+        for request in scene(**other | {"section": section}).requests
+    ]
+    assert len(set(names)) == len(names)
+    assert "a-cat-variation-3-0-33.png" in names
+    (request, *_), origin = scene(**other | {"section": "blend"}).requests, {"steps": 1, "sampler": "s", "model": "m"}
+    told = describe(request, origin, (8, 8))
+    assert "Seed" not in told  # of a picture that has none
+    assert "CFG" not in told
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -269,6 +312,6 @@ def test_weights_that_cannot_be_loaded_are_named(tab, monkeypatch):
     def fail(preset):
         raise ValueError("model.safetensors is truncated")
 
-    monkeypatch.setattr(tab.shelf, "_unclip", None)
+    monkeypatch.setattr(tab.shelf, "_unclips", {})
     monkeypatch.setattr(tab.shelf, "_load_unclip", fail)
     assert "model.safetensors is truncated" in draw(tab)["said"]

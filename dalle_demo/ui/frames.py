@@ -11,7 +11,6 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
@@ -30,6 +29,7 @@ ROWS = 3  # of variations, each further away than the one before
 KEPT = 1000  # pictures that visitors can go on from, over all of them
 QUALITY = 92  # of JPEG; who saves a picture gets it as PNG
 FRAME_MILLISECONDS = 80  # of a walk
+RECENT = 16  # results of the prior, and of CLIP
 
 # Slider -> lowest, highest, step and value. UnclipParams describes the others.
 SLIDERS = {
@@ -168,7 +168,8 @@ def words(engine: UnclipEngine, values: Values) -> Scene:
         seen = mixing.blend(seen, other, more["share"])
     if target := values.text("change_to"):
         more |= _change(values, "change")
-        seen = _changed(engine, seen, _embedded(engine, more["from"] or params.prompt), more)
+        start, goal = (values.styled(more[name]) for name in ("from", "to"))
+        seen = _moved(engine, seen, start or params.prompt, goal, more["strength"])
     requests = [params.alone() | more | {"seed": params.seed + i} for i in range(GRID)]
     return Scene(mixing.apart(seen), requests, texts=[params.prompt, *filter(None, (second, target))])
 
@@ -197,14 +198,17 @@ def blend(engine: UnclipEngine, values: Values) -> Scene:
 
 
 def edit(engine: UnclipEngine, values: Values) -> Scene:
-    """A picture as the model sees it, and moved as its text would be."""
+    """A picture as the model sees it, and moved as its text would be, or else towards what the other text shows."""
     source = values.source("source")
     if not (target := values.text("edit_to")):
         raise MissingError("need_change")
     change = _change(values, "edit")
     strengths = [0.0, change["strength"]]
-    start = _embedded(engine, change["from"]) if change["from"] else source.seen.embedding
-    seen = [_changed(engine, source.seen, start, change | {"strength": strength}) for strength in strengths]
+    if change["from"]:
+        seen = [_moved(engine, source.seen, change["from"], target, strength) for strength in strengths]
+    else:
+        goal = _imagined(engine, engine.params(target, n=1, seed=0)).embedding[0]
+        seen = [Seen(mixing.slerp(source.seen.embedding, goal, value), source.seen.noise) for value in strengths]
     requests = [_request(source.name, operation="text diff", **change | {"strength": value}) for value in strengths]
     return Scene(seen, requests, [f"{strength:.2f}" for strength in strengths], [target])
 
@@ -253,8 +257,10 @@ def png(engine: UnclipEngine, scene: Scene, index: int) -> bytes:
 
 
 def file_name(request: Mapping[str, Any], suffix: str) -> str:
-    """Name of a file to save."""
-    return f"{slug(request['prompt'])}-{request['seed']}.{suffix}"
+    """Name of a file to save: of what, how it was made, and the numbers that tell it from others made so."""
+    numbers = [request[name] for name in ("seed", "distance", "share", "strength") if name in request]
+    told = [str(request.get("operation", "")), *(f"{number:.2f}".removesuffix(".00") for number in numbers)]
+    return f"{slug(request['prompt'])}-{slug(' '.join(told))}.{suffix}"
 
 
 def data_url(data: bytes, kind: str) -> str:
@@ -271,28 +277,37 @@ def _change(values: Values, name: str) -> dict[str, Any]:
     }
 
 
-def _changed(engine: UnclipEngine, seen: Seen, start: Any, change: Mapping[str, Any]) -> Seen:
-    """Pictures moved as from the embedding `start`."""
-    return mixing.text_diff(seen, start, _embedded(engine, change["to"]), change["strength"])
+def _moved(engine: UnclipEngine, seen: Seen, start: str, goal: str, strength: float) -> Seen:
+    """Pictures moved as from one text to another."""
+    return mixing.text_diff(seen, _embedded(engine, start), _embedded(engine, goal), strength)
 
 
 def _imagined(engine: UnclipEngine, params: UnclipParams) -> Seen:
     """What `engine.imagine` returns, to the bit."""
-    seen = _whole(engine, dataclasses.replace(params, truncation=1.0))
-    return Seen(seen.embedding, seen.noise * params.truncation)
+    return _whole(engine, params)
 
 
-@lru_cache(16)
-def _whole(engine: UnclipEngine, params: UnclipParams) -> Seen:
-    """Kept for the sliders that leave it as it is: the prior takes a quarter of a frame's time."""
-    return engine.imagine(params)
+class Recent:
+    """The last results of a function of an engine, which is not kept with them: a tuned one takes 60 MB."""
+
+    def __init__(self, make: Callable[[UnclipEngine, Any], Any]):
+        self._make, self._kept = make, {}
+
+    def __call__(self, engine: UnclipEngine, value: Any) -> Any:
+        """Result for an engine of the same weights, kept or made."""
+        key = engine.model.sha256, engine.threads, value
+        found = self._kept.pop(key, None)
+        self._kept[key] = found = self._make(engine, value) if found is None else found
+        if len(self._kept) > RECENT:
+            self._kept.pop(next(iter(self._kept), None), None)
+        return found
 
 
-@lru_cache(16)
-def _embedded(engine: UnclipEngine, text: str) -> Any:
-    return engine.embed_text(text)
+# Kept for the sliders that leave it as it is: the prior takes a quarter of a frame's time
+_whole = Recent(lambda engine, params: engine.imagine(params))
+_embedded = Recent(lambda engine, text: engine.embed_text(text))
 
 
-def _request(name: str, **settings: Any) -> dict[str, Any]:
-    """Settings of a picture that was made from pictures, with the entries that every file has."""
-    return {"prompt": name, "seed": 0, "guidance_scale": 1.0} | settings
+def _request(name: str, operation: str, **settings: Any) -> dict[str, Any]:
+    """Settings of a picture that was made from pictures: what stands for a prompt is their name."""
+    return {"prompt": name, "operation": operation} | settings

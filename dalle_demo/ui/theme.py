@@ -158,7 +158,8 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
   #gallery .grid-wrap { height: auto; }
   #status { order: -1; } /* above the pictures, in sight */
   #unclip { display: flex; } /* in a grid of one column the pictures could not stay in sight */
-  #unclip_result { top: 0; z-index: 5; width: 100%; padding-bottom: 6px; background: var(--body-background-fill); }
+  /* above gradio's labels, which have 40 */
+  #unclip_result { top: 0; z-index: 50; width: 100%; padding-bottom: 6px; background: var(--body-background-fill); }
   .wall { max-width: 46vh; margin: 0 auto; } /* the slider below stays in sight */
 }
 """
