@@ -119,7 +119,7 @@ def read_request(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             picture.load()
             origin = json.loads(picture.text[CHUNK])
         request = dict(origin.pop("request"))
-        if not request.keys() >= {"prompt", "seed"}:
+        if "prompt" not in request or not request.keys() & {"seed", "operation"}:  # which made it out of pictures
             raise KeyError("prompt")
         return request, dict(origin)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
