@@ -120,6 +120,82 @@ def test_embeddings_of_views_are_those_of_their_pixels(stage_of, tmp_path, alone
     np.testing.assert_allclose(views.embeddings[5], expected, atol=2e-3)
 
 
+@pytest.fixture
+def contest(stage_of, tmp_path, alone):
+    """Objective of the generator, and a function that gives a batch's losses, gradients and the batch."""
+    stage = stage_of("unclip", tmp_path / "run")(alone)
+    objective = stage.network.train()
+    for part in (objective.generator, objective.discriminator):  # as far as zeros are in the way of gradients
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+
+    def losses(contested: bool, **changes):
+        objective.zero_grad()
+        batch = stage.batch(range(8)) | {"contested": contested} | changes
+        found = objective(**batch)
+        found["loss"].backward()
+        grads = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+        return {name: float(value.detach()) for name, value in found.items()}, grads, batch
+
+    return objective, losses
+
+
+def moved(grads: dict[str, torch.Tensor], part: str) -> float:
+    """How strong the gradient of a part is."""
+    return sum(float(grad.abs().sum()) for name, grad in grads.items() if name.startswith(part))
+
+
+def test_losses_before_the_contest(contest):
+    objective, losses = contest
+    found, grads, batch = losses(False)
+    expected = found["reconstruction"] + unclip_stages.NOISE_KL_WEIGHT * found["kl"]
+    assert found["loss"] == pytest.approx(expected + unclip_stages.EMBEDDING_WEIGHT * found["embedding"], rel=1e-5)
+    assert moved(grads, "generator") > 0
+    assert moved(grads, "noise_encoder") > 0
+    assert moved(grads, "discriminator") == 0
+    with torch.no_grad():
+        vae, clip = objective._fixed
+        drawn = objective.generator(batch["noise"][:4], batch["embedding"][:4])
+        near = (clip.encode_image(vae.decode(drawn)) * batch["shown"][:4]).sum(1)
+    assert found["embedding"] == pytest.approx(1 - near.mean().item(), abs=1e-4)
+    assert not torch.allclose(batch["shown"], batch["embedding"], atol=1e-3)  # what is given is not exact
+
+
+def test_losses_of_the_contest(contest):
+    """Each player is moved by its own loss: the generator to higher scores, the discriminator to tell apart."""
+    objective, losses = contest
+    calm, calm_grads, _ = losses(False)
+    found, grads, batch = losses(True)
+    expected = calm["loss"] + found["weight"] * found["adversarial"] + found["discriminator"]
+    assert found["loss"] == pytest.approx(expected + unclip_stages.GRADIENT_PENALTY * found["penalty"], rel=1e-4)
+    assert found["penalty"] > 0
+    assert moved(grads, "discriminator") > 0
+    few = 4
+
+    def scores():
+        with torch.no_grad():
+            drawn = objective.generator(batch["noise"][:few], batch["embedding"][:few])
+            real = objective.discriminator(batch["latents"], batch["embedding"])
+            return real, objective.discriminator(drawn, batch["embedding"][:few])
+
+    real, drawn = scores()
+    assert found["adversarial"] == pytest.approx(-drawn.mean().item(), rel=1e-4, abs=1e-4)
+    assert found["discriminator"] == pytest.approx(
+        (1 - real).relu().mean().item() + (1 + drawn).relu().mean().item(), rel=1e-4, abs=1e-4
+    )
+    with torch.no_grad():  # a step of the generator along what the contest adds to its gradient
+        for name, parameter in objective.named_parameters():
+            if name.startswith("generator"):
+                parameter -= 1e-4 * (grads[name] - calm_grads[name]) / max(found["weight"], 1e-6)
+    assert scores()[1].mean() > drawn.mean()
+
+
+def test_some_captions_are_dropped_for_guidance(stage_of, tmp_path, alone):
+    stage = stage_of("prior", tmp_path / "run")(alone)
+    dropped = [row.eq(0).all().item() for row in stage.batch(range(400))["text"]]
+    assert 0.05 < np.mean(dropped) < 0.16
+
+
 def test_retrieval_counts_ties_as_misses():
     near = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.3, 0.3]])
     assert retrieval(near, 1) == pytest.approx(1 / 3)

@@ -64,9 +64,9 @@ MOVED_SHARE = 0.5  # of drawings; the others are seen as they are
 VIEWS = 4  # of each drawing that prior and generator see, made once: as it is, moved, and two scenes
 CAPTIONS = 8  # of each view that the prior reads; few enough for their embeddings to be kept
 NOISE_KL_WEIGHT = 3e-3  # of the sum over the noise's dimensions, beside the mean over latents
-ADVERSARIAL_WEIGHT = 0.3  # of the discriminator's pull, where the reconstruction's is 1
+ADVERSARIAL_WEIGHT = 0.8  # of the discriminator's pull, where the reconstruction's is 1
 # Samples before the discriminator comes in: until the generator has learned shapes it wins at once and teaches nothing
-ADVERSARIAL_FROM = 1_500_000
+ADVERSARIAL_FROM = 1_200_000
 GRADIENT_PENALTY = 5.0
 EMBEDDING_WEIGHT = 0.2  # of the distance to CLIP's embedding of the real picture
 DRAWN_SHARE = 0.5  # of a batch for which a picture is drawn freely, beside the rebuilt ones
@@ -448,12 +448,13 @@ class UnclipStage:
 def generator_batch(
     latents: Float[Tensor, "B C h w"], embeddings: Float[Tensor, "B E"], size: int, rngs: Sequence[np.random.Generator]
 ) -> dict[str, Tensor]:
-    """Latents, embeddings with an error, noise (B, size) to draw from, and that of the posterior."""
+    """Latents, embeddings exact and with an error, noise (B, size) to draw from, and that of the posterior."""
     noise = torch.from_numpy(np.stack([rng.standard_normal((2, size), dtype=np.float32) for rng in rngs]))
     error = np.stack([rng.standard_normal(embeddings.shape[1], dtype=np.float32) for rng in rngs])
     most = torch.tensor([rng.uniform(0, EMBEDDING_NOISE) for rng in rngs], dtype=torch.float32)[:, None]
     near = F.normalize(embeddings + most * torch.from_numpy(error) / embeddings.shape[1] ** 0.5, dim=-1)
-    return {"latents": latents, "embedding": near, "noise": noise[:, 0], "posterior": noise[:, 1]}
+    given = {"latents": latents, "shown": embeddings, "embedding": near}
+    return given | {"noise": noise[:, 0], "posterior": noise[:, 1]}
 
 
 class UnclipObjective(nn.Module):
@@ -472,9 +473,12 @@ class UnclipObjective(nn.Module):
         self._size = config.clip.image_size
 
     def forward(
-        self, latents: Tensor, embedding: Tensor, noise: Tensor, posterior: Tensor, contested: bool
+        self, latents: Tensor, shown: Tensor, embedding: Tensor, noise: Tensor, posterior: Tensor, contested: bool
     ) -> dict[str, Tensor]:
-        """Losses of one batch; one backward pass serves both players, each of whom sees the other as it is."""
+        """Losses of one batch; one backward pass serves both players, each of whom sees the other as it is.
+
+        `shown` are CLIP's embeddings of the pictures, `embedding` is what the generator is given.
+        """
         mean, logvar = self.noise_encoder(latents, embedding)
         found = mean + torch.exp(logvar / 2) * posterior
         few = max(1, round(DRAWN_SHARE * len(latents)))
@@ -483,7 +487,7 @@ class UnclipObjective(nn.Module):
         rebuilt, drawn = both.split([len(latents), few])
         reconstruction = F.l1_loss(rebuilt, latents)
         kl = kl_divergence(mean, logvar).mean()
-        distance = self._distance(drawn, asked)
+        distance = self._distance(drawn, shown[:few])
         losses = {"reconstruction": reconstruction, "kl": kl, "embedding": distance}
         loss = reconstruction + NOISE_KL_WEIGHT * kl + EMBEDDING_WEIGHT * distance
         if not contested:  # the discriminator takes part with nothing, since all processes must use all weights
