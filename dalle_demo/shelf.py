@@ -1,9 +1,10 @@
 """model name -> its engine: one model in memory at a time, and what there is to know of those that are not.
 
-A request borrows the engine of its model with `lend`; `fetch` brings a model that is not here yet. The model of
-`unclip` is so small that it stays beside any other.
+A request borrows the engine of its model with `lend`; `fetch` brings a model that is not here yet. The models of
+`unclip` are so small that two of them stay beside any other: the shipped one, and of tuned ones the last.
 """
 
+import dataclasses
 import gc
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 from dalle_demo import hardware, hub, repos, weights
 from dalle_demo.config import PRESETS, SOURCES, DalleConfig
 from dalle_demo.engines import DalleEngine, UnclipEngine
-from dalle_demo.weights import Dalle
+from dalle_demo.weights import Dalle, Unclip
 
 TICK = 0.25  # seconds between two looks at a download, and the longest that it takes to cancel one
 UNCLIP = "unclip-nano"
@@ -67,6 +68,18 @@ class Own:
 
 
 @dataclass(frozen=True)
+class OwnUnclip:
+    """A DALL-E 2 model of one visitor's."""
+
+    title: str
+    folder: Path
+
+    def named(self, model: Unclip) -> Unclip:
+        """The model by its title, which pictures tell."""
+        return dataclasses.replace(model, name=self.title)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a model takes, which takes seconds to find out."""
 
@@ -87,7 +100,7 @@ class Shelf:
         preset: preset or folder of the model that is loaded at once, and meant where a request names none.
         offline: leave out models that would have to be downloaded.
         load: preset or folder -> engine; takes `form` and `threads` as DalleEngine.load does.
-        load_unclip: preset -> engine.
+        load_unclip: preset or folder -> engine; takes `change` as UnclipEngine.load does.
     """
 
     def __init__(
@@ -95,14 +108,15 @@ class Shelf:
         preset: str = "nano",
         offline: bool = False,
         load: Callable[..., DalleEngine] = DalleEngine.load,
-        load_unclip: Callable[[str], UnclipEngine] = UnclipEngine.load,
+        load_unclip: Callable[..., UnclipEngine] = UnclipEngine.load,
     ):
         self._load_engine = load
         self._offline = offline
         self._lock = threading.Lock()  # held by the request that draws
         self._engine: DalleEngine | None = load(preset)
         self._load_unclip = load_unclip
-        self._unclip: UnclipEngine | None = None
+        self._unclips: dict[str, UnclipEngine] = {}  # that are loaded
+        self._own_unclips: dict[str, OwnUnclip] = {}
         self._unclip_door = threading.Lock()  # of who would load it
         self.home = self.loaded = self._engine.name
         self._presets = {self.home: preset} | {name: name for name in PRESETS if name != self.home}
@@ -138,8 +152,24 @@ class Shelf:
             self._presets = self._presets | {name: str(folder)}
             self._own = self._own | {name: Own(title, change)}
 
+    def adopt_unclip(self, name: str, title: str, folder: Path) -> None:
+        """The same of a DALL-E 2 model, for `unclip`."""
+        own = OwnUnclip(title, folder)
+        if self._own_unclips.get(name) != own:
+            with self._unclip_door:
+                self._unclips.pop(name, None)  # which has another title
+                self._own_unclips = self._own_unclips | {name: own}
+
+    def is_unclip(self, name: str) -> bool:
+        """Whether a name is that of a DALL-E 2 model."""
+        return name == UNCLIP or name in self._own_unclips
+
     def drop(self, name: str) -> None:
         """Forget an adopted model, which may go on drawing what it has begun."""
+        if name in self._own_unclips:
+            with self._unclip_door:
+                self._own_unclips = {other: own for other, own in self._own_unclips.items() if other != name}
+                self._unclips.pop(name, None)
         with self._door:
             self._own = {other: own for other, own in self._own.items() if other != name}
             if name != self.home:
@@ -147,17 +177,19 @@ class Shelf:
 
     def adopted(self) -> list[str]:
         """Names of all adopted models, for nobody's eyes."""
-        return list(self._own)
+        return [*self._own, *self._own_unclips]
 
     def title(self, name: str) -> str:
         """What people call a model."""
-        return self._own[name].title if name in self._own else name
+        own = self._own.get(name) or self._own_unclips.get(name)
+        return own.title if own else name
 
     def trainable(self) -> dict[str, str]:
-        """Models here that can be fine-tuned, which takes an encoder for pictures, and their presets or folders."""
+        """Models here that can be fine-tuned, and their presets or folders; a DALL-E takes an encoder for pictures."""
         able = [name for name in self.names() if self._configs[name].vqgan.encoder and self._files(name).folder]
         presets = {name: self._presets[name] for name in able}
         presets |= {name: name for name in SOURCES if name not in self._configs and _has_encoder(repos.listed(name))}
+        presets |= {UNCLIP: UNCLIP} if self.has_unclip() else {}
         return {
             name: str(Path(preset).absolute()) if Path(preset).exists() else preset for name, preset in presets.items()
         }
@@ -202,15 +234,25 @@ class Shelf:
         except ValueError:
             return False
 
-    def unclip(self) -> UnclipEngine:
-        """Engine of the DALL-E 2 model, loaded when it is first asked for; raises ShelfError where that fails."""
+    def unclip(self, name: str = UNCLIP) -> UnclipEngine:
+        """Engine of a DALL-E 2 model, loaded when it is first asked for; raises ShelfError where that fails."""
         with self._unclip_door:
-            if self._unclip is None:
+            own = self._own_unclips.get(name)
+            if name != UNCLIP and own is None:
+                raise ShelfError("it has just been deleted; choose another")
+            if name not in self._unclips:
                 try:
-                    self._unclip = self._load_unclip(UNCLIP)
+                    engine = self._load_unclip(str(own.folder), change=own.named) if own else self._load_unclip(UNCLIP)
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    raise self._failure(UNCLIP, error) from error
-            return self._unclip
+                    raise self._failure(name, error) from error
+                self._unclips = {other: kept for other, kept in self._unclips.items() if other == UNCLIP or not own}
+                self._unclips[name] = engine
+            return self._unclips[name]
+
+    def unclip_facts(self, name: str) -> tuple[str, int] | None:
+        """Number format and processor threads of a DALL-E 2 model, if it is loaded."""
+        engine = self._unclips.get(name)
+        return _facts(engine) if engine else None
 
     def fetch(self, name: str, cancel: threading.Event) -> Iterator[tuple[int, int]]:
         """Yield bytes done and bytes in all, a few times a second, until a model is here.
@@ -259,8 +301,9 @@ class Shelf:
     def _failure(self, name: str, error: Exception) -> ShelfError:
         """What visitors are told of an error, without the folders in which the server keeps its files."""
         if isinstance(error, ValueError):
-            sentence = str(error)
-            for folder in (Path(self._presets.get(name, name)), hub.cache_root(), weights.SHIPPED):
+            sentence, own = str(error), self._own_unclips.get(name)
+            home = own.folder if own else Path(self._presets.get(name, name))
+            for folder in (home, hub.cache_root(), weights.SHIPPED):
                 if folder.name and folder != Path(name):
                     sentence = sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
         elif isinstance(error, OSError):
@@ -423,5 +466,5 @@ def _has_encoder(files: repos.Listed) -> bool:
         return False
 
 
-def _facts(engine: DalleEngine) -> tuple[str, int]:
+def _facts(engine: DalleEngine | UnclipEngine) -> tuple[str, int]:
     return engine.format, engine.threads

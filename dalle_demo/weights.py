@@ -137,6 +137,12 @@ def is_unclip(preset: str) -> bool:
     return "generator" in read_config(find(preset))["parts"]
 
 
+def tokenizer_of(preset: str) -> Tokenizer:
+    """What a model reads prompts with, which is that of its CLIP for a DALL-E 2 model; raises WeightsError."""
+    folder = find(preset)
+    return load_tokenizer(_clip_folder(folder) if is_unclip(str(folder)) else folder)
+
+
 def check(folder: Path) -> None:
     """Raise WeightsError unless a folder loads as the kind of model that it holds."""
     load = load_clip if "clip" in read_config(folder)["parts"] else load_dalle
@@ -173,20 +179,33 @@ def _defaults(folder: Path, request: Callable[..., Any]) -> dict[str, float]:
 
 def _clip_of(folder: Path) -> Clip:
     """The CLIP that a DALL-E 2 model was trained with."""
-    path = folder / "config.json"
+    named = _clip_named(folder)
+    try:
+        clip = load_clip(str(_clip_folder(folder)))
+    except WeightsError as error:
+        raise WeightsError(f"{folder.name} needs {named['name']}: {error}") from error
+    if clip.sha256 != named["sha256"]:
+        raise WeightsError(
+            f"{folder / 'config.json'} was written for a {named['name']} of sha256 {named['sha256'][:12]}…, "
+            f"not {clip.sha256[:12]}…"
+        )
+    return clip
+
+
+def _clip_folder(folder: Path) -> Path:
+    """Where that CLIP is: beside the model, or where `find` has its name; raises WeightsError."""
+    name = _clip_named(folder)["name"]
+    beside = folder.parent / name
+    return beside if (beside / "config.json").exists() else find(name)
+
+
+def _clip_named(folder: Path) -> dict[str, str]:
+    """Name and sha256 of that CLIP; raises WeightsError."""
     try:
         named = read_config(folder)["clip"]
-        name, expected = str(named["name"]), str(named["sha256"])
+        return {key: str(named[key]) for key in ("name", "sha256")}
     except (KeyError, TypeError) as error:
-        raise WeightsError(f"{path} does not say which CLIP it was trained with") from error
-    beside = folder.parent / name
-    try:
-        clip = load_clip(str(beside) if (beside / "config.json").exists() else name)
-    except WeightsError as error:
-        raise WeightsError(f"{folder.name} needs {name}: {error}") from error
-    if clip.sha256 != expected:
-        raise WeightsError(f"{path} was written for a {name} of sha256 {expected[:12]}…, not {clip.sha256[:12]}…")
-    return clip
+        raise WeightsError(f"{folder / 'config.json'} does not say which CLIP it was trained with") from error
 
 
 def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: Mapping[str, float]) -> None:

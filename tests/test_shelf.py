@@ -59,7 +59,7 @@ def both(nano_folder, shipped, monkeypatch) -> Shelf:
 
 
 def test_the_dalle_2_model_is_loaded_when_it_is_asked_for_and_stays(both, nano_folder):
-    assert both._unclip is None
+    assert both._unclips == {}
     engine = both.unclip()
     assert engine.name == "unclip-nano"
     assert both.loaded == "tiny"
@@ -101,6 +101,48 @@ def test_a_damaged_dalle_2_model_is_told_without_folders_and_may_be_mended(both,
         both.unclip()
     assert str(tmp_path) not in str(caught.value)
     (damaged / "unclip-nano" / "model.safetensors").write_bytes(whole)
+    assert both.unclip().name == "unclip-nano"
+
+
+def test_of_tuned_dalle_2_models_the_last_stays_beside_the_shipped_one(both, shipped):
+    shipped_one = both.unclip()
+    for name in ("secret@1", "other@1"):
+        both.adopt_unclip(name, name.title(), shipped / "unclip-nano")
+    first = both.unclip("secret@1")
+    assert first is both.unclip("secret@1")
+    assert (first.name, first.origin["model"], both.title("secret@1")) == ("Secret@1",) * 3
+    assert both.unclip_facts("secret@1") == ("float32", first.threads)
+    both.unclip("other@1")
+    assert both.unclip_facts("secret@1") is None
+    assert both.unclip() is shipped_one
+    assert both.unclip("secret@1") is not first
+
+
+def test_a_tuned_dalle_2_model_is_told_to_nobody_and_can_be_dropped(both, shipped):
+    both.adopt_unclip("secret@1", "Mine", shipped / "unclip-nano")
+    told = [*both.names(), *both.trainable(), *(entry.name for entry in both.models())]
+    assert "secret@1" not in told
+    assert "unclip-nano" in both.trainable()
+    assert both.is_unclip("secret@1")
+    assert both.adopted() == ["secret@1"]
+    engine = both.unclip("secret@1")
+    both.adopt_unclip("secret@1", "Mine", shipped / "unclip-nano")
+    assert both.unclip("secret@1") is engine
+    both.adopt_unclip("secret@1", "Ours", shipped / "unclip-nano")
+    assert both.unclip("secret@1").name == "Ours"
+    both.drop("secret@1")
+    assert not both.is_unclip("secret@1")
+    with pytest.raises(ShelfError, match="deleted"):
+        both.unclip("secret@1")
+
+
+def test_a_damaged_tuned_dalle_2_model_is_told_without_its_folder(both, shipped, tmp_path):
+    folder = Path(shutil.copytree(shipped / "unclip-nano", tmp_path / "weights"))
+    (folder / "model.safetensors").write_bytes(b"")
+    both.adopt_unclip("secret@1", "Mine", folder)
+    with pytest.raises(ShelfError, match=r"model\.safetensors is truncated") as caught:
+        both.unclip("secret@1")
+    assert str(tmp_path) not in str(caught.value)
     assert both.unclip().name == "unclip-nano"
 
 

@@ -10,10 +10,10 @@ import hub_stub
 import pytest
 from PIL import Image
 
-from dalle_demo import repos
+from dalle_demo import repos, weights
 from dalle_demo.data import uploads
 from dalle_demo.images import grid
-from dalle_demo.shelf import Shelf
+from dalle_demo.shelf import UNCLIP, Shelf
 from dalle_demo.training import finetune
 from dalle_demo.training.jobs import State
 from dalle_demo.training.watch import DOINGS
@@ -21,6 +21,7 @@ from dalle_demo.ui import train_plan, train_views
 from dalle_demo.ui.generate import GenerateTab
 from dalle_demo.ui.strings import say, translations
 from dalle_demo.ui.train import BUTTONS, TrainTab
+from dalle_demo.ui.unclip import UnclipTab
 from dalle_demo.weights import load_dalle
 
 ME = "my browser's secret"
@@ -28,16 +29,18 @@ REQUEST = SimpleNamespace(session_hash="page", headers={})
 
 
 @pytest.fixture
-def page(nano_folder, engine, tmp_path, monkeypatch):
-    """Both tabs, whose jobs are in a folder of the test's."""
+def page(nano_folder, engine, shipped, tmp_path, monkeypatch):
+    """All tabs, whose jobs are in a folder of the test's."""
     monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
     shelf, i18n = Shelf(str(nano_folder), offline=True, load=lambda preset: engine), gr.I18n(**translations())
     with gr.Blocks() as blocks:
         tabs = gr.Tabs()
         generate = GenerateTab(shelf, i18n, blocks)
-        train = TrainTab(shelf, i18n, blocks, generate.models, tabs, gr.BrowserState(""))
+        unclip = UnclipTab(shelf, i18n, generate, tabs)
+        train = TrainTab(shelf, i18n, blocks, generate.models, unclip, tabs, gr.BrowserState(""))
     train._owners["page"] = ME
-    yield SimpleNamespace(blocks=blocks, train=train, models=generate.models, shelf=shelf)
+    yield SimpleNamespace(blocks=blocks, train=train, models=generate.models, unclip=unclip, shelf=shelf)
     train.jobs.close()
 
 
@@ -58,6 +61,14 @@ def draft(page, data, monkeypatch):
     job = page.train.jobs.create(ME)
     shutil.copytree(data, page.train.jobs.data(job))
     return SimpleNamespace(job=job, plan=("balanced", None, page.shelf.home, "lora", False, 16))
+
+
+@pytest.fixture
+def tuned_unclip(page, shipped):
+    """A job of the DALL-E 2 engine that is done, and its name on the shelf."""
+    job = tuned(page, shipped / "unclip-nano")
+    (page.train.jobs.run(job) / "settings.json").write_text(json.dumps({"base": UNCLIP}))
+    return SimpleNamespace(job=job, name=f"{job.id}@1")
 
 
 def start(page, draft, **changed):
@@ -211,8 +222,8 @@ def test_pictures_above_what_is_made_of_them_are_shown_in_pairs(tmp_path):
 def test_a_model_is_pushed_with_the_visitors_token_which_is_kept_nowhere(page, nano_folder, tmp_path, monkeypatch):
     token = "hf_visitors_own_secret"
     job = tuned(page, nano_folder)
-    weights = page.train.jobs.weights(job)
-    (weights / "README.md").write_text("---\nlicense: other\nlicense_name: fill-in\n---\n# Mine\n")
+    left = page.train.jobs.weights(job)
+    (left / "README.md").write_text("---\nlicense: other\nlicense_name: fill-in\n---\n# Mine\n")
     with hub_stub.serving(tmp_path / "hub", monkeypatch) as hub:
         hub.token = token
         told, box = page.train.press_push(REQUEST, ME, job.id, "tester/mine", token, True, "cc0-1.0")
@@ -235,7 +246,7 @@ def test_a_damaged_model_is_left_out_and_the_others_are_offered(page, nano_folde
     assert page.train.own(REQUEST) == [f"{good.id}@1"]
     for job in (bad, empty):
         with pytest.raises(gr.Error) as refused:
-            page.train.use_in_generate(REQUEST, ME, job.id, 1.0)
+            page.train.use_model(REQUEST, ME, job.id, 1.0)
         assert str(page.train.jobs.root) not in str(refused.value)
 
 
@@ -243,9 +254,69 @@ def test_the_choice_follows_a_tuned_model_that_changes_or_goes(page, nano_folder
     job, models = tuned(page, nano_folder), page.models
     (former,) = page.train.own(REQUEST)
     job = page.train.jobs.set_strength(job, 0.5)
-    assert page.train.follow(REQUEST, ME, former)[models.chosen] == f"{job.id}@0.5"
+    assert page.train.follow(REQUEST, ME, former, UNCLIP)[models.chosen] == f"{job.id}@0.5"
     page.train.press_delete(REQUEST, ME, job.id)
-    assert page.train.follow(REQUEST, ME, f"{job.id}@0.5")[models.chosen] == page.shelf.home
+    assert page.train.follow(REQUEST, ME, f"{job.id}@0.5", UNCLIP)[models.chosen] == page.shelf.home
+
+
+@pytest.mark.parametrize(("base", "shown"), [(UNCLIP, False), ("tiny", True)])
+def test_what_a_dalle_2_does_not_know_is_hidden_and_not_sent(page, draft, base, shown, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        finetune, "probe", lambda settings, data: (given.append(settings), finetune.Estimate(0.5, 400.0, 10**9))[1]
+    )
+    monkeypatch.setattr(page.train.jobs, "_keep", lambda: None)
+    assert [control.visible for control in page.train.fit(base)] == [shown, shown]
+    draft.plan = ("balanced", None, base, "lora", True, 16)
+    measure(page, draft)
+    start(page, draft)
+    settings = page.train.jobs.settings(page.train.jobs.get(ME, draft.job.id))
+    assert ({"method", "rank", "text_encoder"} <= settings.keys()) is shown
+    assert (given[0].method, given[0].text_encoder) == (("lora", True) if shown else ("full", False))
+
+
+def test_words_that_clip_does_not_know_are_told(page, draft):
+    uploads.save_captions(page.train.jobs.data(draft.job), {"pictures/0000.png": "a red zorkq & кот"})
+    draft.plan = ("balanced", None, UNCLIP, "lora", False, 16)
+    assert "кот" in page.train.show_plan(REQUEST, ME, draft.job.id, True, *draft.plan)[page.train.words]
+
+
+def test_a_tuned_dalle_2_draws_in_its_own_tab_and_for_its_owner_alone(page, tuned_unclip):
+    stranger = SimpleNamespace(session_hash="another", headers={})
+    tab, job = page.train, tuned_unclip.job
+    shown = tab._turned(REQUEST, ME, job, "done", tab.jobs.weights(job))
+    assert shown[tab.use].value == "Use in DALL·E 2"
+    assert not shown[tab.strength].visible
+    used = tab.use_model(REQUEST, ME, job.id, 1.0)
+    assert used[tab.tabs].selected == "unclip"
+    assert page.models.model not in used
+    model = used[page.unclip.model]
+    assert (model.value, model.visible) == (tuned_unclip.name, True)
+    assert [title for title, _ in model.choices] == [UNCLIP, "Mine"], "the way back is there"
+    assert page.unclip.offer(stranger, tuned_unclip.name).choices == [(UNCLIP, UNCLIP)]
+    assert tuned_unclip.name not in {name for _, name in page.models.choices(REQUEST)}
+    with pytest.raises(gr.Error):
+        tab.use_model(stranger, "another browser's secret", job.id, 1.0)
+
+
+def test_both_dalle_2_models_are_compared(page, tuned_unclip):
+    *_, (told, _, before, after) = page.train.compare(REQUEST, ME, tuned_unclip.job.id, "a red box", 1.0)
+    assert told == say("compared", "en", seed=1, base=UNCLIP)
+    assert [picture.tobytes() for picture in before] == [picture.tobytes() for picture in after], "the same weights"
+    assert len(before) == 4
+
+
+def test_the_choice_of_a_dalle_2_follows_its_name_and_its_end(page, tuned_unclip):
+    tab, name = page.train, tuned_unclip.name
+    tab.own_unclips(REQUEST)
+    assert page.shelf.unclip(name).name == "Mine"
+    tab.press_rename(REQUEST, ME, tuned_unclip.job.id, "Ours")
+    followed = tab.follow(REQUEST, ME, page.shelf.home, name)[page.unclip.model]
+    assert (followed.value, followed.choices[1]) == (name, ("Ours", name))
+    assert page.shelf.unclip(name).name == "Ours"
+    tab.press_delete(REQUEST, ME, tuned_unclip.job.id)
+    followed = tab.follow(REQUEST, ME, page.shelf.home, name)[page.unclip.model]
+    assert (followed.value, followed.visible) == (UNCLIP, False)
 
 
 def test_a_run_can_end_whatever_the_choices_have_become(page):

@@ -1,7 +1,9 @@
 """The DALL-E 2 tab without a browser: what each section draws, what its files say, and what it refuses in words."""
 
 import base64
+import gc
 import io
+import weakref
 from types import SimpleNamespace
 
 import gradio as gr
@@ -11,8 +13,9 @@ from PIL import Image
 
 from dalle_demo import mixing, weights
 from dalle_demo.data import emoji
+from dalle_demo.engines import UnclipEngine
 from dalle_demo.images import describe, read_request
-from dalle_demo.shelf import Shelf
+from dalle_demo.shelf import UNCLIP, Shelf
 from dalle_demo.ui import frames
 from dalle_demo.ui.frames import SECTIONS, SLIDERS, MissingError, Sources, Values
 from dalle_demo.ui.generate import GenerateTab
@@ -290,15 +293,15 @@ def test_an_upload_that_cannot_be_used_is_refused_in_a_sentence(tab, tmp_path, m
     path.parent.mkdir()
     path.write_bytes(b"no picture")
     Image.new("RGB", (60, 40)).save(outside)
-    assert tab.see(ENGLISH, {"path": str(path)}) == (None, "")
+    assert tab.see(ENGLISH, {"path": str(path)}, UNCLIP) == (None, "")
     assert warned == ["Not used: the picture is damaged, or no picture at all; save it again as PNG or JPEG."]
     for other in (str(outside), f"{path.parent}/../secret.png", None, 7):
-        assert tab.see(ENGLISH, {"path": other}) == (None, "")
-    assert tab.see(ENGLISH, "words") == (None, "")
+        assert tab.see(ENGLISH, {"path": other}, UNCLIP) == (None, "")
+    assert tab.see(ENGLISH, "words", UNCLIP) == (None, "")
     Image.new("RGBA", (60, 40), (200, 20, 20, 128)).save(path)
-    _, kept = tab.see(ENGLISH, {"path": str(path)})
+    _, kept = tab.see(ENGLISH, {"path": str(path)}, UNCLIP)
     assert tab.sources.find(kept).name == "broken"
-    assert tab.see(ENGLISH, None)[1] == ""
+    assert tab.see(ENGLISH, None, UNCLIP)[1] == ""
 
 
 def test_without_weights_the_tab_says_so(nano_folder, engine, tmp_path, monkeypatch):
@@ -315,3 +318,26 @@ def test_weights_that_cannot_be_loaded_are_named(tab, monkeypatch):
     monkeypatch.setattr(tab.shelf, "_unclips", {})
     monkeypatch.setattr(tab.shelf, "_load_unclip", fail)
     assert "model.safetensors is truncated" in draw(tab)["said"]
+
+
+def test_a_tuned_model_is_drawn_with_by_its_name_and_not_by_a_guess(tab, shipped, unclip, monkeypatch):
+    monkeypatch.setattr(tab.shelf, "_load_unclip", UnclipEngine.load)
+    tab.shelf.adopt_unclip("secret@1", "Mine", shipped / "unclip-nano")
+    assert draw(tab, model="secret@1")["line"].startswith("Mine drew 4 pictures")
+    assert draw(tab, model=UNCLIP)["line"].startswith("unclip-nano drew 4 pictures")
+    assert tab.footer(ENGLISH, "secret@1").startswith("Model Mine, float32")
+    tab.shelf.drop("secret@1")
+    for name in ("secret@1", "guessed", 7):
+        told = draw(tab, model=name)
+        assert told["wrong"]
+        assert "deleted" in told["said"]
+
+
+def test_what_is_remembered_of_an_engine_does_not_keep_it(shipped):
+    engine = UnclipEngine.load(str(shipped / "unclip-nano"), 1)
+    seen = frames._whole(engine, engine.params("a red apple", n=2, seed=1))
+    assert frames._whole(engine, engine.params("a red apple", n=2, seed=1)) is seen
+    alive = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert alive() is None

@@ -35,7 +35,7 @@ from dalle_demo.weights import find, is_unclip
 EFFORTS = {"try": 100, "balanced": 400, "thorough": 1200}
 LEARNING_RATES = {"lora": 5e-4, "full": 2e-4}
 BATCH, LARGE_BATCH = 16, 4  # pictures a step, of small and of large decoders
-UNCLIP_BATCH, UNCLIP_LEARNING_RATE = 32, 5e-4
+UNCLIP_BATCH, UNCLIP_LEARNING_RATE = 32, 4e-4
 CHECKPOINTS = 10
 PROBED, PROBED_STEPS = 4, 3
 REPLACED = ("previews", "weights", "data")  # folders of a run, which the next one in its place does away with

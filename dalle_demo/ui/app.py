@@ -46,13 +46,16 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         # keeps can be read after the server was started again.
         owner = gr.BrowserState("", storage_key="dalle_demo_owner", secret="dalle_demo")
         with gr.Tabs(selected="generate", elem_id="tabs") as tabs:
-            with gr.Tab(i18n("tab_generate"), id="generate"):
+            with gr.Tab(i18n("tab_generate"), id="generate") as first:
                 tab = GenerateTab(shelf, i18n, page)
-            with gr.Tab(i18n("tab_unclip"), id="unclip"):
-                UnclipTab(shelf, i18n, tab, tabs)
+            with gr.Tab(i18n("tab_unclip"), id="unclip") as second:
+                unclip = UnclipTab(shelf, i18n, tab, tabs)
             with gr.Tab(i18n("tab_train"), id="train"):
-                TrainTab(shelf, i18n, page, tab.models, tabs, owner)
+                TrainTab(shelf, i18n, page, tab.models, unclip, tabs, owner)
         tab.models.footer.render()
+        shown = {"outputs": tab.models.footer, "show_progress": "hidden", "api_visibility": "private", "queue": False}
+        first.select(tab.models.named, [tab.models.chosen], **shown)
+        gr.on([second.select, unclip.model.input], unclip.footer, [unclip.model], **shown)
         page.unload(tab.leave)
     page.queue(max_size=32)
     return page, {

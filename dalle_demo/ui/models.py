@@ -130,7 +130,11 @@ class ModelChoice:
 
     def described(self, request: gr.Request, model: str) -> tuple[str, gr.Markdown]:
         """Page's last line, once more is known of a model, and whether anything slows it down."""
-        return self._footer(model, language_of(request)), self.noticed(request)
+        return self.named(request, model), self.noticed(request)
+
+    def named(self, request: gr.Request, model: str) -> str:
+        """Page's last line."""
+        return self._footer(model, language_of(request))
 
     def noticed(self, request: gr.Request) -> gr.Markdown:
         """Why drawing takes longer than it says."""

@@ -18,11 +18,14 @@ import gradio as gr
 
 from dalle_demo.config import ParamError
 from dalle_demo.images import slug
-from dalle_demo.shelf import Shelf, ShelfError
+from dalle_demo.shelf import UNCLIP, Shelf, ShelfError
+from dalle_demo.turns import Engine
 from dalle_demo.ui import train_views as views
 from dalle_demo.ui.models import ModelChoice, language_of
-from dalle_demo.ui.strings import megabytes, say
+from dalle_demo.ui.strings import label, megabytes, say
 from dalle_demo.ui.train_plan import EFFORTS, Plans, efforts, seconds_of, steps_of
+from dalle_demo.ui.unclip import UnclipTab
+from dalle_demo.weights import is_unclip
 
 if TYPE_CHECKING:
     from dalle_demo.training.jobs import Job, Jobs
@@ -46,9 +49,16 @@ class TrainTab:
     """Components and events of the tab; create it inside its `gr.Tab`."""
 
     def __init__(
-        self, shelf: Shelf, t: gr.I18n, page: gr.Blocks, models: ModelChoice, tabs: gr.Tabs, owner: gr.BrowserState
+        self,
+        shelf: Shelf,
+        t: gr.I18n,
+        page: gr.Blocks,
+        models: ModelChoice,
+        unclip: UnclipTab,
+        tabs: gr.Tabs,
+        owner: gr.BrowserState,
     ):
-        self.shelf, self.models, self.tabs = shelf, models, tabs
+        self.shelf, self.models, self.unclip, self.tabs = shelf, models, unclip, tabs
         self.jobs = open_jobs()
         self._owners: dict[str, str] = {}  # of browser sessions
         self.plans = Plans(shelf, self.jobs)
@@ -64,6 +74,7 @@ class TrainTab:
             self._lay_out_run(t)
             self._lay_out_after(t)
         models.own, models.training = self.own, lambda: self.jobs.running() is not None
+        unclip.own = self.own_unclips
         self._wire(page)
 
     def _lay_out_draft(self, t: gr.I18n) -> None:
@@ -95,13 +106,19 @@ class TrainTab:
 
     def _lay_out_advanced(self, t: gr.I18n) -> None:
         bases = list(self.shelf.trainable())
+        base = next(iter(bases), None)
         methods = [(t("method_lora"), "lora"), (t("method_full"), "full")]
         with gr.Row():
-            self.base = gr.Dropdown(
-                bases, value=next(iter(bases), None), label=t("base"), info=t("base_help"), elem_id="base"
+            self.base = gr.Dropdown(bases, value=base, label=t("base"), info=t("base_help"), elem_id="base")
+            self.method = gr.Radio(
+                methods,
+                value="lora",
+                label=t("method"),
+                info=t("method_help"),
+                visible=base != UNCLIP,
+                elem_id="method",
             )
-            self.method = gr.Radio(methods, value="lora", label=t("method"), info=t("method_help"), elem_id="method")
-        with gr.Row():
+        with gr.Row(visible=base != UNCLIP) as self.adapters:
             self.rank = gr.Slider(1, 64, 16, step=1, label=t("rank"), info=t("rank_help"), elem_id="rank")
             self.text_encoder = gr.Checkbox(
                 False, label=t("text_encoder"), info=t("text_encoder_help"), elem_id="text_encoder"
@@ -201,18 +218,21 @@ class TrainTab:
             *(*self.buttons.values(), self.reconstruction, self.losses, self.plot, self.previews, self.after),
             *(self.compare_prompt, self.strength, self.compared, self.pairs, self.new_title, self.zip, self.told),
             *(self.delete_row, self.delete, self.delete_sure, self.models.model, self.models.notice, self.base),
+            *(self.use, self.unclip.model),
         ]
         looks = [self.raw, self.logarithmic]
         probed = [*me, self.consent, self.effort, self.steps, self.base, self.method, self.text_encoder, self.rank]
         probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
 
         arrived = page.load(self.arrive, [self.owner], [self.owner, *self.everything], **at_once)
-        self.models.arrived.then(self.offer_own, [self.owner], self.models.model, **at_once)
+        own_models = [self.models.model, self.unclip.model]
+        self.models.arrived.then(self.offer_own, [self.owner], own_models, **at_once)
         read = self.upload.upload(self.prepare, [*me, self.upload], self.everything, **QUIET, concurrency_limit=2)
         picked = self.picker.input(self.pick, [self.owner, self.picker], self.everything, **at_once)
         renewed = self.new.click(self.renew, [self.owner], self.everything, **at_once)
         for event in (arrived, read, picked, renewed):
             event.then(self.estimate, probed, planned, **probing)
+        self.base.input(self.fit, [self.base], [self.method, self.adapters], **at_once)
         for choose in (self.base.input, self.method.input, self.text_encoder.input, self.rank.release):
             chosen = choose(self.show_plan, probed, planned, **at_once)
             chosen.then(self.estimate, probed, planned, **probing)
@@ -238,7 +258,8 @@ class TrainTab:
             concurrency_limit=1,
             concurrency_id="engine",
         )
-        self.use.click(self.use_in_generate, [*me, self.strength], [*self.models.shown, self.tabs], **at_once)
+        used = [*self.models.shown, self.unclip.model, self.tabs]
+        self.use.click(self.use_model, [*me, self.strength], used, **at_once)
         renamed = self.rename.click(self.press_rename, [*me, self.new_title], self.everything, **at_once)
         self.export.click(self.press_export, [*me, self.licence], [self.zip, self.told], **QUIET)
         self.push.click(
@@ -251,7 +272,8 @@ class TrainTab:
         self.delete.click(lambda: gr.Button(visible=True), None, self.delete_sure, **at_once)
         deleted = self.delete_sure.click(self.press_delete, me, self.everything, **at_once)
         for event in (compared, renamed, deleted):
-            event.then(self.follow, [self.owner, self.models.chosen], self.models.shown, **at_once)
+            chosen = [self.owner, self.models.chosen, self.unclip.model]
+            event.then(self.follow, chosen, [*self.models.shown, self.unclip.model], **at_once)
         page.unload(self.leave)
 
     # the visitor's jobs
@@ -265,17 +287,26 @@ class TrainTab:
         job = next(iter(self.jobs.of(owner)), None)
         return {self.owner: owner} | self._view(request, owner, job)
 
-    def offer_own(self, request: gr.Request, owner: str) -> gr.Dropdown:
-        """Put the visitor's models among those of the Generate tab."""
+    def offer_own(self, request: gr.Request, owner: str) -> tuple:
+        """Put the visitor's models among those of the other tabs."""
         self._owners[request.session_hash] = owner
-        return gr.Dropdown(self.models.choices(request)) if self.own(request) else gr.skip()
+        dalles = gr.Dropdown(self.models.choices(request)) if self.own(request) else gr.skip()
+        return dalles, self.unclip.offer(request, UNCLIP) if self.own_unclips(request) else gr.skip()
 
     def leave(self, request: gr.Request) -> None:
         """Forget a closed page; its jobs go on."""
         self._owners.pop(request.session_hash, None)
 
     def own(self, request: gr.Request) -> list[str]:
-        """Names on the shelf of the visitor's tuned models."""
+        """Names on the shelf of the visitor's tuned DALL-E models."""
+        return [name for name in self._adopted(request) if not self.shelf.is_unclip(name)]
+
+    def own_unclips(self, request: gr.Request) -> list[str]:
+        """Names on the shelf of the visitor's tuned DALL-E 2 models."""
+        return [name for name in self._adopted(request) if self.shelf.is_unclip(name)]
+
+    def _adopted(self, request: gr.Request) -> list[str]:
+        """Names of all the visitor's tuned models, once they are on the shelf."""
         owner = self._owners.get(request.session_hash)
         jobs = self.jobs.of(owner) if owner else []
         names = []
@@ -287,14 +318,15 @@ class TrainTab:
                     log.warning("the model of a training cannot be read: %s", error)
         return names
 
-    def follow(self, request: gr.Request, owner: str, chosen: str) -> dict:
-        """Keep the choice of the Generate tab a model that there is, when the visitor's have changed."""
+    def follow(self, request: gr.Request, owner: str, chosen: str, unclip: str) -> dict:
+        """Keep the choice of the other tabs a model that there is, when the visitor's have changed."""
         self._owners[request.session_hash] = owner
+        offered = {self.unclip.model: self.unclip.offer(request, unclip)}
         own = {name.partition("@")[0]: name for name in self.own(request)}
         now = chosen if chosen in self.shelf.names() else own.get(chosen.partition("@")[0], self.shelf.home)
         if now != chosen:
-            return self.models.select(request, self.shelf.find(now))
-        return {self.models.model: gr.Dropdown(self.models.choices(request), value=now)}
+            return offered | self.models.select(request, self.shelf.find(now))
+        return offered | {self.models.model: gr.Dropdown(self.models.choices(request), value=now)}
 
     def pick(self, request: gr.Request, owner: str, name: str) -> dict:
         """Show another job."""
@@ -310,6 +342,9 @@ class TrainTab:
     def _adopt(self, job: "Job") -> str:
         """Put a tuned model on the shelf; its name there, which nobody can guess."""
         name, folder, title, strength = f"{job.id}@{job.strength:g}", self._weights(job), job.title, job.strength
+        if is_unclip(str(folder)):
+            self.shelf.adopt_unclip(name, title, folder)
+            return name
 
         def change(model: Any) -> Any:
             if strength != 1:
@@ -445,6 +480,7 @@ class TrainTab:
                 self.strength: gr.Slider(value=job.strength, visible=adapted),
                 self.new_title: job.title,
                 self.models.model: gr.Dropdown(self.models.choices(request), visible=True),
+                self.use: gr.Button(label("use_unclip" if _is_unclip(weights) else "use", language)),
             }
         return changes
 
@@ -474,6 +510,10 @@ class TrainTab:
         return f"{job.title}: {state}" if job.title else say("new_training", language)
 
     # before the start
+
+    def fit(self, base: str) -> tuple:
+        """Show the controls that a model to start from knows."""
+        return gr.Radio(visible=base != UNCLIP), gr.Row(visible=base != UNCLIP)
 
     def prepare(self, request: gr.Request, owner: str, name: str, files: list[str] | None) -> Iterator[dict]:
         """Read what was uploaded; the files themselves are deleted."""
@@ -592,8 +632,7 @@ class TrainTab:
         if room := self.plans.shortage(measured):
             reason = say("no_memory", language, memory=megabytes(measured.memory), room=room)
             raise gr.Error(reason, print_exception=False)
-        given = {"base": self.plans.preset(base), "effort": effort, "method": method, "text_encoder": text_encoder}
-        given |= {"rank": int(rank), "prompt": prompt.strip()}
+        given = self.plans.chosen(base, method, text_encoder, rank) | {"effort": effort, "prompt": prompt.strip()}
         given |= {"steps": int(steps)} if steps else {}
         given |= {"learning_rate": rate} if rate else {}
         given |= {"seed": int(seed)} if seed else {}
@@ -645,7 +684,7 @@ class TrainTab:
         tuned = self._tuned(request, self.jobs.set_strength(job, float(strength)))
         preset = self.jobs.settings(job)["base"]
         known = next((one for one, at in self.shelf.trainable().items() if at == preset), None)
-        base = known if known in self.shelf.names() else None  # some are there to be trained only
+        base = known if known in [*self.shelf.names(), UNCLIP] else None  # some are there to be trained only
         try:
             yield say("drawing_before", language), gr.Row(visible=True), gr.skip(), gr.skip()
             before = self._draw(base, prompt) if base else []
@@ -660,15 +699,18 @@ class TrainTab:
         yield say(key, language, seed=1, base=Path(preset).name), gr.skip(), before, after
 
     def _draw(self, model: str, prompt: str) -> list[Any]:
+        if self.shelf.is_unclip(model):
+            return _drawn(self.shelf.unclip(model), prompt)
         with self.shelf.lend(model, threading.Event()) as engine:
-            *_, last = engine.generate(engine.params(prompt, n=SAMPLES, seed=1), previews=False)
-        return last.images
+            return _drawn(engine, prompt)
 
-    def use_in_generate(self, request: gr.Request, owner: str, name: str, strength: float) -> dict:
-        """Choose the tuned model in the other tab, and go there."""
+    def use_model(self, request: gr.Request, owner: str, name: str, strength: float) -> dict:
+        """Choose the tuned model in the tab of its engine, and go there."""
         job = self.jobs.set_strength(self._job(request, owner, name), float(strength))
-        entry = self.shelf.find(self._tuned(request, job))
-        return self.models.select(request, entry) | {self.tabs: gr.Tabs(selected="generate")}
+        tuned = self._tuned(request, job)
+        if self.shelf.is_unclip(tuned):
+            return {self.unclip.model: self.unclip.offer(request, tuned), self.tabs: gr.Tabs(selected="unclip")}
+        return self.models.select(request, self.shelf.find(tuned)) | {self.tabs: gr.Tabs(selected="generate")}
 
     def press_rename(self, request: gr.Request, owner: str, name: str, title: str) -> dict:
         """Give the model another name."""
@@ -735,6 +777,20 @@ def open_jobs() -> "Jobs":
     from dalle_demo.training.jobs import Jobs
 
     return Jobs()
+
+
+def _drawn(engine: Engine, prompt: str) -> list[Any]:
+    """Pictures to compare."""
+    *_, last = engine.generate(engine.params(prompt, n=SAMPLES, seed=1), previews=False)
+    return last.images
+
+
+def _is_unclip(folder: Path) -> bool:
+    """Whether a tuned model is a DALL-E 2; a damaged one is none of either kind."""
+    try:
+        return is_unclip(str(folder))
+    except ValueError:
+        return False
 
 
 def _refusal(error: Exception, request: gr.Request, run: Path | None = None) -> gr.Error:

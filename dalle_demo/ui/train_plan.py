@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_demo.shelf import Shelf, free_memory, memory_limit
+from dalle_demo.shelf import UNCLIP, Shelf, free_memory, memory_limit
 from dalle_demo.ui.strings import duration, megabytes, say
 
 if TYPE_CHECKING:
@@ -28,12 +28,9 @@ class Plans:
         """Take three steps, which takes from seconds to a minute."""
         from dalle_demo.training import finetune  # brings the trainer
 
-        base, method, text_encoder, rank = settings
         key, data = self._key(job, settings), self.jobs.data(job)
         try:
-            given = finetune.FinetuneSettings(
-                self.preset(base), str(data), method=method, text_encoder=text_encoder, rank=int(rank)
-            )
+            given = finetune.FinetuneSettings(data=str(data), **self.chosen(*settings))
             self._measured[key] = finetune.probe(given, data)
         except (ValueError, OSError) as error:
             self._measured[key] = str(error)
@@ -55,6 +52,11 @@ class Plans:
     def preset(self, base: str) -> str:
         """Preset or folder of a model to start from."""
         return self.shelf.trainable().get(base, str(base))
+
+    def chosen(self, base: str, method: str, text_encoder: bool, rank: float) -> dict[str, Any]:
+        """What of the form makes FinetuneSettings; a DALL-E 2 model knows one method, and has no text encoder."""
+        given = {"base": self.preset(base)}
+        return given if base == UNCLIP else given | {"method": method, "text_encoder": text_encoder, "rank": int(rank)}
 
     def missing(self, job: "Job", consent: bool, measured: "Estimate | str | None") -> str | None:
         """Key of the sentence that says what is missing before a draft can start."""
@@ -82,7 +84,7 @@ class Plans:
         from dalle_demo.data import uploads
 
         try:
-            tokenizer = weights.load_tokenizer(weights.find(self.preset(base)))
+            tokenizer = weights.tokenizer_of(self.preset(base))
         except (ValueError, OSError):  # which the estimate tells
             return []
         return tokenizer.unknown_words(" ".join(example.caption for example in uploads.load(self.jobs.data(job))))

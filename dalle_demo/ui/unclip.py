@@ -23,7 +23,7 @@ from dalle_demo.ui import frames
 from dalle_demo.ui.frames import SECTIONS, SLIDERS, MissingError, Scene, Source, Sources, Values
 from dalle_demo.ui.generate import GenerateTab
 from dalle_demo.ui.models import language_of
-from dalle_demo.ui.strings import STYLES, duration, label, say
+from dalle_demo.ui.strings import STYLES, duration, footer, label, say
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 WARNING = QUIET | {"queue": True}  # of an event that may warn, which reaches the page through the queue alone
@@ -114,10 +114,21 @@ class UnclipTab:
     def __init__(self, shelf: Shelf, t: gr.I18n, generate: GenerateTab, tabs: gr.Tabs):
         self.shelf = shelf
         self.sources = Sources()
+        self.own: Callable[[gr.Request], list[str]] = lambda request: []  # names of the visitor's own models
+        self.model = gr.Dropdown(
+            [UNCLIP],
+            value=UNCLIP,
+            label=t("model"),
+            visible=False,
+            filterable=False,
+            elem_id="unclip_model",
+            render=False,
+        )
         if not shelf.has_unclip():
             gr.Markdown(t("unclip_missing"), elem_id="unclip_missing")
+            self.model.render()
             return
-        self.controls: dict[str, gr.components.Component] = {}
+        self.controls: dict[str, gr.components.Component] = {"model": self.model}
         self.groups: list[tuple[Any, tuple[str, ...]]] = []
         self._lay_out(t)
         self._wire()
@@ -140,6 +151,7 @@ class UnclipTab:
                 )
                 gr.HTML(t("lost"), elem_id="unclip_lost")
             with gr.Column(elem_id="unclip_controls"):
+                self.model.render()
                 self._lay_out_words(t)
                 self._lay_out_pictures(t)
                 self._lay_out_noise(t)
@@ -236,7 +248,7 @@ class UnclipTab:
         self.draw = {"fn": None, "inputs": inputs, "outputs": None, "js": draw, "api_visibility": "private"}
         gr.on([control.change for control in inputs], **self.draw)
         brought = [self.controls[name] for name in ("prompt", *PARAMS)]
-        opened = self.stage.submit(self.open, [self.controls["prompt"]], brought, **QUIET)
+        opened = self.stage.submit(self.open, [self.controls["prompt"], self.model], brought, **QUIET)
         opened.then(**self.draw)
         section, seed = self.controls["section"], self.controls["seed"]
         groups = [group for group, _ in self.groups]
@@ -251,7 +263,9 @@ class UnclipTab:
         )
         for name, upload in self.uploads.items():
             # As it was sent: what gradio's own reading says of a damaged file is no sentence.
-            seen = upload.input(self.see, [upload], [upload, self.controls[name]], preprocess=False, **WARNING)
+            seen = upload.input(
+                self.see, [upload, self.model], [upload, self.controls[name]], preprocess=False, **WARNING
+            )
             seen.then(**self.draw)
         taken = [section, self.uploads["source"], self.controls["source"]]
         self.stage.select(self.take, None, taken, **QUIET).then(**self.draw)
@@ -261,7 +275,7 @@ class UnclipTab:
         section, upload, kept = self.controls["section"], self.uploads["source"], self.controls["source"]
         generate.gallery.select(self.choose, None, [generate.selected, generate.vary], **QUIET)
         generate.vary.click(
-            self.come_over, [generate.gallery, generate.selected], [tabs, section, upload, kept], **WARNING
+            self.come_over, [generate.gallery, generate.selected, self.model], [tabs, section, upload, kept], **WARNING
         ).then(**self.draw)
 
     def _server_functions(self) -> list[Callable]:
@@ -277,16 +291,17 @@ class UnclipTab:
 
     def _answer(self, make: Callable, given: Any, request: gr.Request) -> dict:
         """What `make` makes of values, or the sentence that says what is wrong with them."""
-        language = language_of(request)
+        language, values = language_of(request), Values.of(given, self.sources)
         try:
-            return make(self.shelf.unclip(), Values.of(given, self.sources), language)
+            return make(self.shelf.unclip(_model_of(values)), values, language)
         except ParamError as error:
             reason = f"{label(error.field, language)}: {str(error).removeprefix(error.field + ': ')}"
             return {"said": say("bad_value", language, reason=reason), "wrong": True}
         except MissingError as error:
             return {"said": say(error.key, language), "wrong": False}
         except ShelfError as error:
-            return {"said": say("load_failed", language, model=UNCLIP, reason=error), "wrong": True}
+            title = self.shelf.title(_model_of(values)) if self.shelf.is_unclip(_model_of(values)) else UNCLIP
+            return {"said": say("load_failed", language, model=title, reason=error), "wrong": True}
 
     def frame(self, engine: UnclipEngine, values: Values, language: str) -> dict:
         """Pictures of the chosen section, and a line on them."""
@@ -319,11 +334,21 @@ class UnclipTab:
         data = frames.png(engine, scene, index)
         return {"name": frames.file_name(scene.requests[index], "png"), "url": frames.data_url(data, "png")}
 
-    def open(self, request: gr.Request, prompt: str) -> tuple:
+    def offer(self, request: gr.Request, name: str) -> gr.Dropdown:
+        """The visitor's models beside the shipped one, to choose from once there are any; `name`, if there is such."""
+        names = [UNCLIP, *self.own(request)]
+        choices = [(self.shelf.title(one), one) for one in names]
+        return gr.Dropdown(choices, value=name if name in names else UNCLIP, visible=len(names) > 1)
+
+    def footer(self, request: gr.Request, name: str) -> str:
+        """The page's last line, of the model that draws here."""
+        return footer(self.shelf.title(name), self.shelf.unclip_facts(name), language_of(request))
+
+    def open(self, request: gr.Request, prompt: str, model: str) -> tuple:
         """Something to see when the tab is opened, and the settings that the model is served with."""
         prompt = prompt or say("unclip_first", language_of(request))
         try:
-            params = self.shelf.unclip().params("picture")
+            params = self.shelf.unclip(model).params("picture")
         except ShelfError:  # which the frame says
             return prompt, *(gr.skip() for _ in PARAMS)
         return prompt, *(getattr(params, name) for name in PARAMS)
@@ -333,12 +358,12 @@ class UnclipTab:
         groups = [gr.update(visible=section in sections) for _, sections in self.groups]
         return [*groups, gr.update(visible=section == "blend")]
 
-    def see(self, request: gr.Request, upload: Any) -> tuple:
+    def see(self, request: gr.Request, upload: Any, model: str) -> tuple:
         """Keep what is seen in a picture that was chosen, or nothing of one that was taken away."""
         if upload is None:
             return gr.skip(), ""
         try:
-            return gr.skip(), self._keep_file(_path_of(upload))
+            return gr.skip(), self._keep_file(_path_of(upload), model)
         except (ValueError, OSError) as error:
             _warn(error, request)
             return None, ""
@@ -347,7 +372,7 @@ class UnclipTab:
         """Go on from a picture that was clicked, with exactly what it was drawn from."""
         values = Values.of(event._data, self.sources)
         try:
-            engine = self.shelf.unclip()
+            engine = self.shelf.unclip(_model_of(values))
             scene = frames.scene_of(engine, values)
             index = _index(values, scene)
         except (ParamError, MissingError, ShelfError):  # the next frame says so, too
@@ -361,23 +386,23 @@ class UnclipTab:
         """Offer variations of a picture of the Generate tab that is looked at."""
         return event.index, gr.Button(visible=True)
 
-    def come_over(self, request: gr.Request, pictures: list | None, index: int) -> tuple:
+    def come_over(self, request: gr.Request, pictures: list | None, index: int, model: str) -> tuple:
         """Bring a picture of the Generate tab, which this model sees as any that is uploaded."""
         try:
             path = Path((pictures or [])[index][0])
-            return gr.Tabs(selected="unclip"), "variations", str(path), self._keep_file(path)
+            return gr.Tabs(selected="unclip"), "variations", str(path), self._keep_file(path, model)
         except IndexError:  # of a grid that is drawn anew
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         except (ValueError, OSError) as error:
             _warn(error, request)
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
-    def _keep_file(self, path: Path) -> str:
+    def _keep_file(self, path: Path, model: str) -> str:
         """Name of what is seen in a picture; raises ValueError where it cannot be used."""
         from dalle_demo.data.uploads import decode  # the trainer's, which the page starts without
 
         picture, _ = decode(path.read_bytes())
-        return self.sources.keep(Source(self.shelf.unclip().invert(picture), path.stem))
+        return self.sources.keep(Source(self.shelf.unclip(model).invert(picture), path.stem))
 
 
 def _warn(error: Exception, request: gr.Request) -> None:
@@ -394,6 +419,11 @@ def _path_of(upload: Any) -> Path:
     return path
 
 
+def _model_of(values: Values) -> str:
+    """Name of the model to draw with, which the page may lack."""
+    return str(values.given.get("model") or UNCLIP)
+
+
 def _index(values: Values, scene: Scene) -> int:
     """Number of the picture that was clicked."""
     index = values.given.get("index")
@@ -404,7 +434,7 @@ def _index(values: Values, scene: Scene) -> int:
 
 def _line(scene: Scene, values: Values, seconds: float, engine: UnclipEngine, language: str) -> str:
     """What was drawn, how fast, and what of the words was not read."""
-    section, seeds = values.given["section"], [request["seed"] for request in scene.requests]
+    section, seeds = values.given["section"], [request.get("seed") for request in scene.requests]
     milliseconds = say("milliseconds", language, n=1000 * seconds)
     facts = {
         "model": engine.name,

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dalle_demo import weights
 from dalle_demo.engines import DalleEngine
-from dalle_demo.shelf import Shelf
+from dalle_demo.shelf import UNCLIP, Shelf
 from dalle_demo.training import finetune, jobs
 
 try:
@@ -40,14 +41,22 @@ def upload(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(nano_folder, serve, tmp_path_factory) -> str:
+def studio(nano_folder, shipped, serve, tmp_path_factory) -> str:
     """Address of a page whose jobs are in a folder of the test's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALLE_DEMO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(jobs, "NICENESS", 0)  # the machine of a test is busy with tests
         patch.setattr(finetune, "probe", lambda settings, data: finetune.Estimate(0.5, 400.0, 10**9))
-        yield serve(Shelf(str(nano_folder), offline=True, load=load))
+        patch.setattr(weights, "SHIPPED", shipped)
+        yield serve(TinyShelf(str(nano_folder), offline=True, load=load))
+
+
+class TinyShelf(Shelf):
+    """One whose DALL-E 2 is the tiny one for the process of a training, too."""
+
+    def trainable(self) -> dict[str, str]:
+        return super().trainable() | {UNCLIP: str(weights.find(UNCLIP))}
 
 
 def load(preset: str, threads: int = 1, form: str = "float32", **options) -> DalleEngine:
@@ -80,6 +89,64 @@ def test_from_a_zip_to_the_generate_tab_and_the_command_line(visit, studio, uplo
     page.click("#delete")
     page.click("#delete_sure")
     expect(page.locator("#hint p")).to_have_text("Upload pictures first.")
+
+
+def test_a_dalle_2_is_tuned_and_draws_in_its_own_tab(visit, studio, upload):
+    page, stranger = visit(studio), visit(studio)
+    prepare(page, upload)
+    start_with_the_dalle_2(page)
+    status = page.locator("#train_status")
+    expect(status).to_contain_text("Done.", timeout=SLOW)
+    expect(page.locator("#previews .pair")).to_have_count(12, timeout=SLOW)
+    expect(page.locator("#strength")).to_be_hidden()
+    compare(page)
+    page.click("#use")
+    line = page.locator("#stage p")
+    expect(line).to_contain_text("My DALL-E 2 drew 4 pictures", timeout=SLOW)
+    expect(page.locator("#unclip_model input")).to_have_value("My DALL-E 2")
+    expect(page.locator("#footer")).to_contain_text("Model My DALL-E 2")
+    go_back_to_the_shipped_one(page)
+    stranger.get_by_role("tab", name="DALL·E 2").click()
+    expect(stranger.locator("#stage p")).to_contain_text("unclip-nano drew 4 pictures", timeout=SLOW)
+    expect(stranger.locator("#unclip_model")).to_be_hidden()
+    assert "My DALL-E 2" not in stranger.locator("body").inner_text()
+    page.reload()
+    page.get_by_role("tab", name="DALL·E 2").click()
+    expect(page.locator("#unclip_model input")).to_have_value(UNCLIP)
+    choose(page, "unclip_model", "My DALL-E 2")
+    expect(line).to_contain_text("My DALL-E 2 drew 4 pictures", timeout=SLOW)
+    open_tab(page)
+    page.click("#delete")
+    page.click("#delete_sure")
+    expect(page.locator("#hint p")).to_have_text("Upload pictures first.")
+    page.get_by_role("tab", name="DALL·E 2").click()
+    expect(line).to_contain_text("unclip-nano drew 4 pictures", timeout=SLOW)
+
+
+def start_with_the_dalle_2(page) -> None:
+    page.locator("#title").locator("input, textarea").fill("My DALL-E 2")
+    page.locator("#train_advanced button").first.click()
+    expect(page.locator("#method")).to_be_visible()
+    choose(page, "base", UNCLIP)
+    for name in ("method", "rank", "text_encoder"):
+        expect(page.locator(f"#{name}")).to_be_hidden()
+    page.fill("#steps input", "10")
+    page.check("#consent input")
+    expect(page.locator("#start")).to_be_enabled(timeout=SLOW)
+    page.click("#start")
+
+
+def go_back_to_the_shipped_one(page) -> None:
+    choose(page, "unclip_model", UNCLIP)
+    expect(page.locator("#stage p")).to_contain_text("unclip-nano drew 4 pictures", timeout=SLOW)
+    expect(page.locator("#footer")).to_contain_text(f"Model {UNCLIP}")
+    page.get_by_role("tab").first.click()
+    expect(page.locator("#footer")).to_contain_text("Model tiny")
+
+
+def choose(page, dropdown: str, option: str) -> None:
+    page.locator(f"#{dropdown} input").click()
+    page.get_by_role("option", name=option).click()
 
 
 def read_the_report_and_fix_a_caption(page) -> None:
