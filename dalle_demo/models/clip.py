@@ -50,7 +50,7 @@ class CLIP(nn.Module):
         return self.log_scale[0].clamp(max=-math.log(LOWEST_TEMPERATURE)).exp()
 
     def encode_text(self, text_states: Float[Tensor, "B T D"], text_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B E"]:
-        """Embedding of the mean state of real tokens; all of a prompt that is empty are padding but for its end."""
+        """Embedding of the mean state of real tokens, of which an empty prompt has one, its end."""
         mask = text_mask[:, :, None]
         mean = (text_states * mask).sum(1) / mask.sum(1)
         return F.normalize(self.text_projection(mean), dim=-1)

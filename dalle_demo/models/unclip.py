@@ -127,7 +127,7 @@ class NoiseEncoder(nn.Module):
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
-        width = config.critic_width
+        width, self.scale = config.critic_width, math.sqrt(config.embed_dim)
         self.conv_in = nn.Conv2d(config.latent_dim, width, 3, padding=1)
         self.down = nn.Conv2d(width, width, 4, stride=2, padding=1)
         self.block = ResnetBlock(width, width)
@@ -140,6 +140,6 @@ class NoiseEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "B Z"], Float[Tensor, "B Z"]]:
         """Mean and log variance."""
         x = self.block(self.down(swish(self.conv_in(latents))))
-        x = torch.cat([swish(self.norm_out(x)).flatten(1), embedding * embedding.shape[1] ** 0.5], -1)
+        x = torch.cat([swish(self.norm_out(x)).flatten(1), embedding * self.scale], -1)
         mean, logvar = self.out(F.silu(self.hidden(x))).chunk(2, -1)
         return mean, logvar.clamp(-8, 4)
