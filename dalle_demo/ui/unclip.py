@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from dalle_demo.config import ParamError, UnclipParams
+from dalle_demo.config import UNCLIP_PRESETS, ParamError, UnclipParams
 from dalle_demo.engines import UnclipEngine
 from dalle_demo.shelf import UNCLIP, Shelf, ShelfError
 from dalle_demo.ui import frames
@@ -233,18 +233,19 @@ class UnclipTab:
         spec = UnclipParams.__dataclass_fields__[name]
         info = t(f"{PREFIX}{name}_help" if name == "guidance_scale" else f"{name}_help")
         low, high, step = (spec.metadata[key] for key in ("low", "high", "step"))
-        slider = gr.Slider(low, high, spec.default, step=step, label=t(name), info=info, elem_id=PREFIX + name)
+        value = UNCLIP_PRESETS[UNCLIP].defaults.get(name, spec.default)
+        slider = gr.Slider(low, high, value, step=step, label=t(name), info=info, elem_id=PREFIX + name)
         self._add(name, slider)
 
     def _wire(self) -> None:
         """Draw when a control changes; the script knows when to ask for it."""
-        inputs, draw = (
-            list(self.controls.values()),
-            f"""(...values) => {{
+        inputs = list(self.controls.values())
+        draw = f"""(...given) => {{
           const names = {json.dumps(list(self.controls))};
-          document.querySelector("#stage")?.draw?.(Object.fromEntries(names.map((name, i) => [name, values[i]])));
-        }}""",
-        )
+          const values = Object.fromEntries(names.map((name, i) => [name, given[i]]));
+          values.seed ??= window.unclipSeed ??= {NEW_SEED};
+          document.querySelector("#stage")?.draw?.(values);
+        }}"""
         self.draw = {"fn": None, "inputs": inputs, "outputs": None, "js": draw, "api_visibility": "private"}
         gr.on([control.change for control in inputs], **self.draw)
         brought = [self.controls[name] for name in ("prompt", *PARAMS)]
@@ -263,10 +264,11 @@ class UnclipTab:
         )
         for name, upload in self.uploads.items():
             # As it was sent: what gradio's own reading says of a damaged file is no sentence.
-            seen = upload.input(
+            seen = upload.upload(
                 self.see, [upload, self.model], [upload, self.controls[name]], preprocess=False, **WARNING
             )
             seen.then(**self.draw)
+            upload.clear(lambda: "", None, [self.controls[name]], **QUIET).then(**self.draw)
         taken = [section, self.uploads["source"], self.controls["source"]]
         self.stage.select(self.take, None, taken, **QUIET).then(**self.draw)
 
@@ -359,9 +361,7 @@ class UnclipTab:
         return [*groups, gr.update(visible=section == "blend")]
 
     def see(self, request: gr.Request, upload: Any, model: str) -> tuple:
-        """Keep what is seen in a picture that was chosen, or nothing of one that was taken away."""
-        if upload is None:
-            return gr.skip(), ""
+        """Keep what is seen in a picture that was chosen."""
         try:
             return gr.skip(), self._keep_file(_path_of(upload), model)
         except (ValueError, OSError) as error:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dalle_demo import weights
+from dalle_demo.config import UNCLIP_PRESETS
 from dalle_demo.images import read_request
 from dalle_demo.shelf import Shelf
 from dalle_demo.ui import frames
@@ -186,6 +187,34 @@ def test_a_picture_is_saved_with_its_settings(tab, unclip, tmp_path):
     assert (request["prompt"], request["seed"], origin["model"]) == ("a smiling cat", 4, "unclip-nano")
 
 
+def test_a_picture_that_was_taken_away_is_gone(tab, tmp_path):
+    """One that was clicked here, and one that was uploaded in its place."""
+    picture = tmp_path / "sea.png"
+    Image.new("RGB", (50, 40), "teal").save(picture)
+    tab.locator("#stage .pick").first.click()
+    for _ in range(2):
+        expect(line(tab)).to_contain_text("12 variations", timeout=SLOW)
+        tab.locator("#unclip_source button[aria-label='Remove Image']").click()
+        expect(line(tab)).to_contain_text("Choose a picture", timeout=SLOW)
+        tab.set_input_files("#unclip_source input[type=file]", str(picture))
+
+
+def test_without_a_seed_what_is_saved_is_what_is_shown(tab, slow, tmp_path):
+    tab.fill("#unclip_seed input", "")
+    tab.fill("#unclip_prompt textarea", "a house")
+    settle(tab, slow)
+    shown = sources(tab)[2]
+    with Image.open(save(tab, 2, tmp_path)) as saved:
+        assert frames.data_url(frames.jpeg(saved), "jpeg") == shown
+
+
+def test_settings_go_back_to_those_that_the_model_is_served_with(tab):
+    slider = tab.locator("#unclip_truncation")
+    slider.locator("input[type=number]").fill("0.2")
+    slider.locator("button.reset-button").click()
+    expect(slider.locator("input[type=number]")).to_have_value(str(UNCLIP_PRESETS["unclip-nano"].defaults["truncation"]))
+
+
 def test_what_is_wrong_is_said_beside_the_pictures(tab, tmp_path):
     tab.fill("#unclip_prompt textarea", "")
     expect(line(tab)).to_contain_text("Prompt: type what to draw", timeout=SLOW)
@@ -230,6 +259,13 @@ def test_on_a_phone_in_chinese(visit, studio):
     wall, slider = (page.locator(name).bounding_box() for name in ("#stage .wall", "#unclip_guidance_scale"))
     assert wall["y"] >= 0, "the pictures stay in sight"
     assert wall["y"] + wall["height"] <= slider["y"]
+    covered = """({x, y, width, height}) => [...Array(40).keys()].some((i) =>
+      !document.elementFromPoint(x + width / 2, y + 4 + i * (height - 8) / 40)?.closest("#unclip_result"))"""
+    for _ in range(12):
+        page.mouse.wheel(0, 45)
+        page.wait_for_timeout(60)
+        if (wall := page.locator("#stage .wall").bounding_box())["y"] > -1:
+            assert not page.evaluate(covered, wall), "nothing is painted over the pictures"
 
 
 def test_without_weights_there_is_one_sentence(visit, nano_folder, engine, serve, tmp_path, monkeypatch):
