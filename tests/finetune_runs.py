@@ -63,9 +63,9 @@ class Processes:
         assert process.returncode == 0, output
 
     def kill_midway(self, base: Path, out: Path, steps: int, seconds: float) -> None:
-        """Start, and kill so long after the first checkpoint."""
+        """Start, and kill so long after the first checkpoint of which optimizers have a state."""
         process, deadline = self.start(base, out, steps), time.monotonic() + 120
-        while not (out / "checkpoint.pt").exists():
+        while not (out / "checkpoint.pt").exists() or not checkpoint(out)["step"]:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -295,6 +295,7 @@ def test_a_tuned_dalle_2_draws_in_its_own_tab_and_for_its_owner_alone(page, tune
     assert [title for title, _ in model.choices] == [UNCLIP, "Mine"], "the way back is there"
     assert page.unclip.offer(stranger, tuned_unclip.name).choices == [(UNCLIP, UNCLIP)]
     assert tuned_unclip.name not in {name for _, name in page.models.choices(REQUEST)}
+    assert (tab.own(REQUEST), tab.own_unclips(REQUEST)) == ([], [tuned_unclip.name])
     with pytest.raises(gr.Error):
         tab.use_model(stranger, "another browser's secret", job.id, 1.0)
 

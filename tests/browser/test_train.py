@@ -43,12 +43,15 @@ def upload(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def studio(nano_folder, shipped, serve, tmp_path_factory) -> str:
     """Address of a page whose jobs are in a folder of the test's."""
+    folder = tmp_path_factory.mktemp("shipped")
+    for model in (*shipped.iterdir(), weights.SHIPPED / "nano"):
+        (folder / model.name).symlink_to(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALLE_DEMO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(jobs, "NICENESS", 0)  # the machine of a test is busy with tests
         patch.setattr(finetune, "probe", lambda settings, data: finetune.Estimate(0.5, 400.0, 10**9))
-        patch.setattr(weights, "SHIPPED", shipped)
+        patch.setattr(weights, "SHIPPED", folder)
         yield serve(TinyShelf(str(nano_folder), offline=True, load=load))
 
 
