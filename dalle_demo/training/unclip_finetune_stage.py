@@ -45,6 +45,9 @@ MORE_KEPT = (
     "sunflower", "leaf", "baby", "boy", "girl", "fairy", "vampire", "zombie", "alien", "clown", "skull", "bone",
     "tooth", "brain", "ear", "nose", "mouth", "foot",
 )  # fmt: skip
+# Of the discriminator's pull. With 0.8 the likeness to those 20 pictures grew by 0.10 and that to other names fell by
+# 0.13; with 0.3 by 0.14 and by 0.07
+ADVERSARIAL_WEIGHT = 0.3
 TIMES = 16  # points of the prior's path at which a validation looks
 TEXTS = 64  # captions that are embedded at once
 TRIED = 4  # pictures drawn to see how long it takes
@@ -114,7 +117,7 @@ class UnclipFinetuneStage(FinetuneStage):
         return dict(zip(captions, embeddings, strict=True)) | {"": torch.zeros_like(embeddings[0])}
 
     def _make_network(self) -> "TuningObjective":
-        unclip = UnclipObjective(self.config, self.base.vae, self.base.clip.clip)
+        unclip = UnclipObjective(self.config, self.base.vae, self.base.clip.clip, ADVERSARIAL_WEIGHT)
         unclip.generator = copy.deepcopy(self.base.generator)
         unclip.noise_encoder = copy.deepcopy(self.base.noise_encoder)
         unclip.discriminator = load_part(self.folder, "discriminator")

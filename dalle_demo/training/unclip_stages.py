@@ -464,8 +464,9 @@ class UnclipObjective(nn.Module):
     embedding of pictures drawn freely beside the one asked for, and later the hinge loss of those pictures.
     """
 
-    def __init__(self, config: UnclipConfig, vae: VAE, clip: CLIP):
+    def __init__(self, config: UnclipConfig, vae: VAE, clip: CLIP, adversarial_weight: float = ADVERSARIAL_WEIGHT):
         super().__init__()
+        self.adversarial_weight = adversarial_weight
         self.generator = Generator(config.generator)
         self.noise_encoder = NoiseEncoder(config.generator)
         self.discriminator = LatentDiscriminator(config.generator)
@@ -494,7 +495,7 @@ class UnclipObjective(nn.Module):
             return losses | {"loss": loss + 0 * self.discriminator(latents[:1], embedding[:1]).sum()}
         judge = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         adversarial = generator_loss(functional_call(self.discriminator, judge, (drawn, asked)))
-        weight = ADVERSARIAL_WEIGHT * adaptive_weight(reconstruction, adversarial, both)
+        weight = self.adversarial_weight * adaptive_weight(reconstruction, adversarial, both)
         real = latents.requires_grad_()
         scores = self.discriminator(real, embedding)
         critic = discriminator_loss(scores, self.discriminator(drawn.detach(), asked))
