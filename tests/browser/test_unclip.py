@@ -212,7 +212,9 @@ def test_settings_go_back_to_those_that_the_model_is_served_with(tab):
     slider = tab.locator("#unclip_truncation")
     slider.locator("input[type=number]").fill("0.2")
     slider.locator("button.reset-button").click()
-    expect(slider.locator("input[type=number]")).to_have_value(str(UNCLIP_PRESETS["unclip-nano"].defaults["truncation"]))
+    expect(slider.locator("input[type=number]")).to_have_value(
+        str(UNCLIP_PRESETS["unclip-nano"].defaults["truncation"])
+    )
 
 
 def test_what_is_wrong_is_said_beside_the_pictures(tab, tmp_path):
