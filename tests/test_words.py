@@ -43,6 +43,18 @@ def test_samples_do_not_depend_on_how_they_are_grouped(stage_of, alone):
     torch.testing.assert_close(whole["target"], torch.cat([half["target"] for half in halves]), atol=1e-5, rtol=1e-5)
 
 
+def test_captions_of_scenes_are_to_stay_as_well(stage_of, shipped, alone):
+    """Without them counts and relations were forgotten."""
+    stage = stage_of(alone)
+    drawn, draw = [], stage.scenes.draw
+    stage.scenes.draw = lambda *given: drawn.append(draw(*given)) or drawn[-1]
+    targets = stage.batch(range(64))["target"]
+    assert len(drawn) > 5
+    with torch.inference_mode():
+        expected = embed_texts(load_clip(str(shipped / "clip-nano")), [scene.caption for scene in drawn])
+    assert torch.cdist(expected, targets).amin(1).max() < 1e-3
+
+
 def test_shares_of_the_nearest_captions():
     captions = torch.eye(3)
     nouns = torch.tensor([[0.8, 0.6, 0.0], [0.4, 0.4, 0.4]])

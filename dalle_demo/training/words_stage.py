@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dalle_demo.checkpoints import save_parts, stored_hash
 from dalle_demo.data import pairs as pairs_data
+from dalle_demo.data.scenes import Scenes
 from dalle_demo.matching import embed_texts
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import distillation_loss
@@ -29,12 +30,12 @@ from dalle_demo.training.stages import (
     teach,
     weighted,
 )
-from dalle_demo.training.unclip_stages import CLIPObjective
+from dalle_demo.training.unclip_stages import CLIPObjective, View
 from dalle_demo.weights import load_clip
 
 NEIGHBOURS, SHARPNESS = 8, 20.0  # of a noun among the captions; the weight of one is exp(sharpness x cosine)
 NEAR = 0.45  # least cosine of a noun to its nearest caption: others name what this model has never seen anything like
-WORD_SHARE = 0.5  # of samples; the others are captions
+WORD_SHARE = 0.5  # of samples; the others are captions, of drawings and of scenes
 CHUNK = 256
 
 
@@ -44,7 +45,7 @@ class WordsStage:
     def __init__(self, data: Path, clip: Path, words: Path, out: Path, workers: Workers, seed: int = 0):
         self.pairs, self.seed, self.clip_folder = pairs_data.load(data), seed, clip
         training, self.held_out, _ = pairs_data.split(self.pairs)
-        self.training = weighted(self.pairs, training)
+        self.training, self.scenes = weighted(self.pairs, training), Scenes(self.pairs, training)
         nouns = words.read_text(encoding="utf-8").splitlines()
         self.made_from = {
             "--data": self.pairs.fingerprint,
@@ -93,7 +94,7 @@ class WordsStage:
                 texts.append(self.forms[form].format(self.nouns[nouns[i]]))
                 targets[i] = self._between(nouns[i], form)
             else:
-                texts.append(pairs_data.caption(self.pairs.rows[captions[i]], rng))
+                texts.append(View.draw(self.scenes, captions[i], rng).caption(self.pairs, rng))
                 asked.append(i)
         if asked:
             targets[asked] = self._embed([texts[i] for i in asked])
@@ -112,17 +113,21 @@ class WordsStage:
         return self.model.tokenizer.batch(texts, self.model.text_config.length)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Mean cosines to what is wanted: of nouns that are never trained on, and of captions held out in a style."""
-        figures = {}
+        """Mean cosines to what is wanted: of nouns kept aside, of captions held out in a style, and of scenes."""
+        rngs = [np.random.default_rng([self.seed, i]) for i in range(len(self.training[:CHUNK]))]
+        scenes = [self.scenes.draw(i, rng).caption for i, rng in zip(self.training[:CHUNK], rngs, strict=True)]
+        figures = {"validation_scenes": self._kept(network, scenes)}
         if len(self.kept_aside):
             wanted = torch.stack([self._between(i, 0) for i in self.kept_aside])
             ours = network.clip.encode_text(self._ids([self.nouns[i] for i in self.kept_aside]))
             figures["validation_nouns"] = (ours * wanted).sum(1).mean().item()
         if len(self.held_out):
-            captions = style_captions(self.pairs, self.held_out)
-            ours = network.clip.encode_text(self._ids(captions))
-            figures["validation_captions"] = (ours * self._embed(captions)).sum(1).mean().item()
+            figures["validation_captions"] = self._kept(network, style_captions(self.pairs, self.held_out))
         return figures
+
+    def _kept(self, network: nn.Module, texts: list[str]) -> float:
+        """Mean cosine of embeddings to those from before the training."""
+        return (network.clip.encode_text(self._ids(texts)) * self._embed(texts)).sum(1).mean().item()
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the text_encoder and clip parts and the tokenizer."""
