@@ -25,10 +25,10 @@ from dalle_demo.data import pairs
 from dalle_demo.engines import UnclipEngine
 from dalle_demo.evaluation import metrics
 from dalle_demo.evaluation.features import Encoder
+from dalle_demo.mixing import Seen
 
 PICTURES, EACH = 200, 4
 DISTANCES = (0.3, 0.6, 1.0)  # from near to as far as the page goes
-WANTED = 0.95  # of variations that are nearer to their source than to other pictures
 
 
 def main() -> None:
@@ -43,13 +43,13 @@ def main() -> None:
     judge, encoder = judging.load(options.judge, data).judge, Encoder()
     engine = UnclipEngine.load(options.preset)
     sources = [compose([data.images[i]], PLACES[1]) for i in held_out(data)]
-    embedded = judge.embed(encoder(sources))
+    embedded, seen = judge.embed(encoder(sources)), [engine.invert(Image.fromarray(source)) for source in sources]
     figures = {"preset": engine.name, "weights": engine.model.sha256[:12], "data": data.fingerprint}
     figures |= {"pictures": len(sources), "each": EACH}
     for distance in DISTANCES:
-        drawn = [np.array(picture) for source in sources for picture in varied(engine, source, distance)]
+        drawn = [np.array(picture) for one in seen for picture in varied(engine, one, distance)]
         figures[f"distance_{distance}"] = compare(judge.embed(encoder(drawn)), embedded)
-    figures["ends_of_blends_are_exact"] = ends(engine, sources)
+    figures["ends_of_blends_are_exact"] = ends(engine, seen[: 2 * EACH])
     out = options.out or Path(__file__).parent / "results" / f"variations-{engine.name}.json"
     out.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
@@ -61,9 +61,9 @@ def held_out(data: pairs.Pairs) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(unseen, PICTURES, replace=False))
 
 
-def varied(engine: UnclipEngine, source: np.ndarray, distance: float) -> list[Image.Image]:
+def varied(engine: UnclipEngine, source: Seen, distance: float) -> list[Image.Image]:
     """EACH variations of one picture."""
-    seen = mixing.vary(engine.invert(Image.fromarray(source)), engine.noise(range(EACH)), distance)
+    seen = mixing.vary(source, engine.noise(range(EACH)), distance)
     return engine.draw(seen.embedding, seen.noise)
 
 
@@ -83,9 +83,8 @@ def compare(drawn: np.ndarray, sources: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def ends(engine: UnclipEngine, sources: list[np.ndarray]) -> bool:
+def ends(engine: UnclipEngine, seen: list[Seen]) -> bool:
     """Whether blends of shares 0 and 1 are, to the bit, what the two pictures alone give."""
-    seen = [engine.invert(Image.fromarray(source)) for source in sources[: 2 * EACH]]
     for one, other in zip(seen[::2], seen[1::2], strict=True):
         all_four = mixing.together([one, other, mixing.blend(one, other, 0.0), mixing.blend(one, other, 1.0)])
         pictures = [picture.tobytes() for picture in engine.draw(all_four.embedding, all_four.noise)]

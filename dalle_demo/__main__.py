@@ -171,7 +171,7 @@ def open_again(options: argparse.Namespace, given: dict[str, float]) -> "tuple[E
     options.prompt = settings.pop("prompt")
     options.grid |= settings.get("n", 1) != 1  # a picture of its own is the only one of its request
     kind = engine_of(origin)
-    if "operation" in settings or "to" in settings or "share" in settings:
+    if settings.keys() & {"operation", "to", "share"}:
         raise ValueError(f"{options.again} was made on the page out of more than a prompt, which --again cannot repeat")
     if strange := settings.keys() - settings_of(kind.request):
         raise ValueError(f"{options.again} has settings that this version lacks: {', '.join(sorted(strange))}")

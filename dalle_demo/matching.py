@@ -1,5 +1,8 @@
 """prompt and pictures -> CLIP's embeddings, and the pictures that are nearest to the prompt."""
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -8,17 +11,24 @@ from dalle_demo.images import from_pil, square
 from dalle_demo.text import PAD
 from dalle_demo.weights import Clip
 
+CHUNK = 64  # prompts that are embedded at once
+
 
 def fitted(picture: Image.Image, side: int) -> Float[Tensor, "1 3 H W"]:
     """Pixels of any picture, as models want them: on white, and square."""
     return from_pil([square(picture).resize((side, side), Image.Resampling.LANCZOS)])
 
 
-def embed_texts(clip: Clip, prompts: list[str]) -> Float[Tensor, "B E"]:
+def embed_texts(clip: Clip, prompts: Sequence[str]) -> Float[Tensor, "B E"]:
     """CLIP's embeddings of prompts."""
     ids = clip.tokenizer.batch(prompts, clip.text_config.length)
     mask = ids != PAD
     return clip.clip.encode_text(clip.text_encoder(ids, mask), mask)
+
+
+def embed_many(clip: Clip, prompts: Sequence[str]) -> Float[Tensor, "B E"]:
+    """`embed_texts` of any number, CHUNK at a time."""
+    return torch.cat([embed_texts(clip, prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)])
 
 
 def embed_text(clip: Clip, prompt: str) -> Float[Tensor, " E"]:

@@ -1,10 +1,12 @@
 """run folders of fine-tuning -> whether they are equal, and processes that make them, for tests of either engine."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,6 +76,17 @@ class Processes:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert checkpoint(out)["step"] < steps
+
+    def assert_goes_on(self, base: Path, folder: Path, steps: int, train: Callable[..., None]) -> None:
+        """Kill at a random moment, of a step, a preview, an export or a checkpoint; it goes on as if nothing had been.
+
+        `train` runs to the end in this process, in a folder.
+        """
+        killed, whole = folder / "killed", folder / "whole"
+        self.kill_midway(base, killed, steps, seconds=random.uniform(0, 1.5))
+        train(killed, resume=True)
+        train(whole)
+        assert_same_run(whole, killed)
 
     def close(self) -> None:
         """Leave none."""

@@ -1,15 +1,15 @@
 """Fine-tuning goes on where it was broken off, keeps the best, answers what it is asked, and tells what it does."""
 
 import json
-import random
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from finetune_runs import assert_same_run, checkpoint
+from finetune_runs import checkpoint
 from finetune_tiny import NAMES, SMALL
 from PIL import Image
 from tiny import save_tiny, tiny_config
@@ -123,12 +123,7 @@ def test_exported_adapters_are_those_that_were_merged(settings, tmp_path, nano_f
 
 
 def test_a_killed_process_goes_on_to_the_bit(processes, settings, nano_folder, tmp_path):
-    """SIGKILL at a random moment: of a step, a preview, an export or a checkpoint."""
-    out, steps = tmp_path / "killed", 30
-    processes.kill_midway(nano_folder, out, steps, seconds=random.uniform(0, 1.5))
-    finetune.finetune(settings(steps=steps), out, resume=True)
-    finetune.finetune(settings(steps=steps), tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", out)
+    processes.assert_goes_on(nano_folder, tmp_path, 30, partial(finetune.finetune, settings(steps=30)))
 
 
 def test_two_processes_take_the_steps_of_one(processes, settings, nano_folder, tmp_path):

@@ -1,14 +1,13 @@
 """Fine-tuning of the DALL-E 2 engine: what the other engine's promises, and what of the model is trained and kept."""
 
 import json
-import random
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from finetune_runs import assert_same_run
 from finetune_tiny import SMALL
 from PIL import Image
 
@@ -121,12 +120,7 @@ def test_an_export_needs_its_clip(settings, tmp_path, shipped, monkeypatch):
 
 
 def test_a_killed_process_goes_on_to_the_bit(processes, settings, base, tmp_path):
-    """SIGKILL at a random moment: of a step, a preview, an export or a checkpoint."""
-    out, steps = tmp_path / "killed", 60
-    processes.kill_midway(base, out, steps, seconds=random.uniform(0, 1.5))
-    finetune.finetune(settings(steps=steps), out, resume=True)
-    finetune.finetune(settings(steps=steps), tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", out)
+    processes.assert_goes_on(base, tmp_path, 60, partial(finetune.finetune, settings(steps=60)))
 
 
 def test_two_processes_take_the_steps_of_one(processes, settings, base, tmp_path):

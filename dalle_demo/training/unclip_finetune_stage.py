@@ -22,7 +22,7 @@ from dalle_demo.checkpoints import StoredPart, load_part, read_config, save_tens
 from dalle_demo.config import UNCLIP_PARTS, GeneratorConfig
 from dalle_demo.data import uploads
 from dalle_demo.engines import UnclipEngine
-from dalle_demo.matching import embed_texts
+from dalle_demo.matching import embed_many
 from dalle_demo.training.finetune_stage import KEPT, FinetuneStage, free_names
 from dalle_demo.training.losses import flow_matching_loss
 from dalle_demo.training.stages import resize
@@ -49,7 +49,6 @@ MORE_KEPT = (
 # 0.13; with 0.3 by 0.14 and by 0.07
 ADVERSARIAL_WEIGHT = 0.3
 TIMES = 16  # points of the prior's path at which a validation looks
-TEXTS = 64  # captions that are embedded at once
 TRIED = 4  # pictures drawn to see how long it takes
 TRAINED = tuple(part for part in UNCLIP_PARTS if part != "vae")
 
@@ -112,8 +111,7 @@ class UnclipFinetuneStage(FinetuneStage):
         """CLIP's embedding of each caption and each name; of the empty one zeros, as the prior wants it."""
         captions = list(dict.fromkeys([*self.kept, *(example.caption for example in self.examples if example.caption)]))
         with torch.no_grad():
-            chunks = [captions[start : start + TEXTS] for start in range(0, len(captions), TEXTS)]
-            embeddings = torch.cat([embed_texts(self.base.clip, chunk) for chunk in chunks])
+            embeddings = embed_many(self.base.clip, captions)
         return dict(zip(captions, embeddings, strict=True)) | {"": torch.zeros_like(embeddings[0])}
 
     def _make_network(self) -> "TuningObjective":

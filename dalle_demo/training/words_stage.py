@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dalle_demo.checkpoints import save_parts, stored_hash
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.scenes import Scenes
-from dalle_demo.matching import embed_texts
+from dalle_demo.matching import embed_many, embed_texts
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import distillation_loss
 from dalle_demo.training.stages import (
@@ -79,8 +79,7 @@ class WordsStage:
     def _embed_forms(self, rows: range) -> np.ndarray:
         """CLIP's embeddings (B, forms, E) of captions in each of the forms."""
         texts = [form.format(self.captions[i]) for i in rows for form in self.forms]
-        chunks = [embed_texts(self.model, texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
-        return torch.cat(chunks).unflatten(0, (len(rows), -1)).half().numpy()
+        return embed_many(self.model, texts).unflatten(0, (len(rows), -1)).half().numpy()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Ids (B, T) of nouns and captions, and the embeddings (B, E) that they are to have."""

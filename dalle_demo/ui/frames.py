@@ -282,11 +282,6 @@ def _moved(engine: UnclipEngine, seen: Seen, start: str, goal: str, strength: fl
     return mixing.text_diff(seen, _embedded(engine, start), _embedded(engine, goal), strength)
 
 
-def _imagined(engine: UnclipEngine, params: UnclipParams) -> Seen:
-    """What `engine.imagine` returns, to the bit."""
-    return _whole(engine, params)
-
-
 class Recent:
     """The last results of a function of an engine, which is not kept with them: a tuned one takes 60 MB."""
 
@@ -304,7 +299,7 @@ class Recent:
 
 
 # Kept for the sliders that leave it as it is: the prior takes a quarter of a frame's time
-_whole = Recent(lambda engine, params: engine.imagine(params))
+_imagined = Recent(lambda engine, params: engine.imagine(params))
 _embedded = Recent(lambda engine, text: engine.embed_text(text))
 
 
