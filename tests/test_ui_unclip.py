@@ -335,8 +335,8 @@ def test_a_tuned_model_is_drawn_with_by_its_name_and_not_by_a_guess(tab, shipped
 
 def test_what_is_remembered_of_an_engine_does_not_keep_it(shipped):
     engine = UnclipEngine.load(str(shipped / "unclip-nano"), 1)
-    seen = frames._whole(engine, engine.params("a red apple", n=2, seed=1))
-    assert frames._whole(engine, engine.params("a red apple", n=2, seed=1)) is seen
+    seen = frames._imagined(engine, engine.params("a red apple", n=2, seed=1))
+    assert frames._imagined(engine, engine.params("a red apple", n=2, seed=1)) is seen
     alive = weakref.ref(engine)
     del engine
     gc.collect()
