@@ -234,11 +234,6 @@ class UnclipEngine(Engine):
         with self._turn():
             return embed_text(self.model.clip, prompt)
 
-    def embed_image(self, picture: Image.Image) -> Float[Tensor, " E"]:
-        """CLIP's embedding of any picture."""
-        with self._turn():
-            return embed_image(self.model.clip, picture)
-
     def invert(self, picture: Image.Image) -> Seen:
         """What the generator would draw any picture from, about."""
         with self._turn():
@@ -258,14 +253,14 @@ class UnclipEngine(Engine):
         with self._turn():
             return to_pil(in_chunks(self._pixels, embeddings, noise))
 
-    def walk(self, params: UnclipParams, frames: int) -> list[Image.Image]:
-        """A closed walk through noise, from the first picture of a request by that of the next seed and back."""
+    def walk(self, params: UnclipParams, frames: int) -> Seen:
+        """What a closed walk through noise is drawn from: the first picture of a request, the next seed's, and back."""
         params = params.seeded()
         seeds = [params.seed, params.seed + 1]
         with self._turn():
             _, ends = self._choose(params, self._starts(params, seeds))
             embedding, _ = self._choose(params, mixing.loop(*ends, frames)[:, None])
-        return self.draw(embedding, mixing.loop(*self.noise(seeds), frames) * params.truncation)
+        return Seen(embedding, mixing.loop(*self.noise(seeds), frames) * params.truncation)
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "B Z"]:
         """The generator's noise of each seed."""

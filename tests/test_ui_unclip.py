@@ -188,6 +188,12 @@ def test_a_walk_is_an_animation(tab):
     assert picture_of(answer["pictures"][0]["url"]).n_frames == 8
     assert answer["file"].endswith(".webp")
     assert "drew 8 frames in " in answer["line"]
+    assert len(answer["pictures"]) == 1
+
+
+def test_a_walk_is_imagined_once(tab, unclip, monkeypatch):
+    monkeypatch.setattr(unclip, "imagine", lambda params: pytest.fail("the walk's first picture, once more"))
+    draw(tab, section="walk", frames=8, prompt="a walk that nothing remembers")
 
 
 def test_a_saved_picture_says_how_it_was_made(unclip, scene, tmp_path):

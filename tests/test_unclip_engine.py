@@ -143,7 +143,7 @@ def test_one_final_update(unclip):
 
 def test_the_last_seeds_can_be_drawn(unclip):
     assert len(draw(unclip, n=4, seed=MAX_SEED - 3)) == 4
-    assert len(unclip.walk(UnclipParams(PROMPT, n=1, seed=MAX_SEED), 3)) == 3
+    assert len(unclip.walk(UnclipParams(PROMPT, n=1, seed=MAX_SEED), 3).noise) == 3
 
 
 def test_stop_is_seen_between_chunks(unclip, monkeypatch):
@@ -191,7 +191,7 @@ def test_embeddings_are_those_of_clip(unclip):
     (picture,) = unclip.draw(torch.ones(1, 32) / 32**0.5, torch.zeros(1, 16))
     clip = unclip.model.clip.clip
     expected = clip.encode_image(from_pil([picture]))[0]
-    torch.testing.assert_close(unclip.embed_image(picture).clone(), expected)
+    torch.testing.assert_close(unclip.invert(picture).embedding.clone(), expected)
     assert unclip.embed_text(PROMPT).norm().item() == pytest.approx(1, abs=1e-5)
     assert not torch.equal(unclip.embed_text(PROMPT), unclip.embed_text("a house"))
 
@@ -212,9 +212,8 @@ def test_inverting_reads_the_noise_of_the_latents(unclip):
     (picture,) = unclip.draw(F.normalize(torch.ones(1, 32), dim=-1), torch.ones(1, 16))
     seen, model = unclip.invert(picture), unclip.model
     latents, _ = model.vae.encode(from_pil([picture]))
-    mean, _ = model.noise_encoder(latents, unclip.embed_image(picture)[None].clone())
+    mean, _ = model.noise_encoder(latents, seen.embedding[None].clone())
     torch.testing.assert_close(seen.noise.clone(), mean[0])
-    assert torch.equal(seen.embedding, unclip.embed_image(picture))
 
 
 def test_blends_end_in_the_pictures_as_they_are_seen(unclip):
@@ -228,10 +227,12 @@ def test_blends_end_in_the_pictures_as_they_are_seen(unclip):
 
 def test_a_walk_begins_with_the_picture_and_is_closed(unclip):
     params = UnclipParams(PROMPT, n=4, seed=5, truncation=0.8)
-    frames = [picture.tobytes() for picture in unclip.walk(params, 6)]
+    frames, again = (
+        [picture.tobytes() for picture in unclip.draw(seen.embedding, seen.noise)]
+        for seen in (unclip.walk(params, 6), unclip.walk(params, 6))
+    )
     assert len(set(frames)) == 6
     assert frames[0] == draw(unclip, n=1, seed=5, truncation=0.8)[0]
-    again = [picture.tobytes() for picture in unclip.walk(params, 6)]
     assert again == frames
 
 

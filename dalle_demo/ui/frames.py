@@ -214,10 +214,10 @@ def edit(engine: UnclipEngine, values: Values) -> Scene:
 
 
 def walk(engine: UnclipEngine, values: Values) -> Scene:
-    """The picture that a walk begins and ends with."""
-    params = values.params(engine, values.text("prompt"))
-    request = params.alone() | {"operation": "walk", "frames": int(values.number("frames")), "seed": params.seed}
-    return Scene(mixing.apart(_imagined(engine, params))[:1], [request], texts=[params.prompt])
+    """All frames of a walk, each of which would be saved as what begins it."""
+    params, count = values.params(engine, values.text("prompt")), int(values.number("frames"))
+    request = params.alone() | {"operation": "walk", "frames": count, "seed": params.seed}
+    return Scene(mixing.apart(engine.walk(params, count)), [request] * count, texts=[params.prompt])
 
 
 SECTIONS: dict[str, Callable[[UnclipEngine, Values], Scene]] = {
@@ -234,10 +234,8 @@ def scene_of(engine: UnclipEngine, values: Values) -> Scene:
     return SECTIONS[values.choice("section", SECTIONS)](engine, values)
 
 
-def animation(engine: UnclipEngine, values: Values) -> bytes:
+def animation(pictures: Sequence[Image.Image]) -> bytes:
     """A walk as WebP."""
-    params = values.params(engine, values.text("prompt"))
-    pictures = engine.walk(params, int(values.number("frames")))
     with tempfile.TemporaryDirectory(prefix="dalle_demo-") as folder:
         return save_animation(pictures, Path(folder, "walk.webp"), FRAME_MILLISECONDS).read_bytes()
 

@@ -309,12 +309,13 @@ class UnclipTab:
         """Pictures of the chosen section, and a line on them."""
         start, section = time.perf_counter(), values.given.get("section")
         scene = frames.scene_of(engine, values)
+        pictures = scene.draw(engine)
         if section == "walk":
-            urls = [frames.data_url(frames.animation(engine, values), "webp")]
+            urls = [frames.data_url(frames.animation(pictures), "webp")]
         else:
-            urls = [frames.data_url(frames.jpeg(picture), "jpeg") for picture in scene.draw(engine)]
+            urls = [frames.data_url(frames.jpeg(picture), "jpeg") for picture in pictures]
         line = _line(scene, values, time.perf_counter() - start, engine, language)
-        titles = [request["prompt"] for request in scene.requests]
+        titles = [request["prompt"] for request in scene.requests[: len(urls)]]
         captions = scene.captions or [""] * len(urls)
         answer = {
             "pictures": [
@@ -438,7 +439,7 @@ def _line(scene: Scene, values: Values, seconds: float, engine: UnclipEngine, la
     milliseconds = say("milliseconds", language, n=1000 * seconds)
     facts = {
         "model": engine.name,
-        "n": int(values.number("frames")) if section == "walk" else len(scene.seen),
+        "n": len(scene.seen),
         "time": milliseconds if seconds < 1 else duration(seconds, language),
         "first": seeds[0],
         "last": seeds[-1],
