@@ -163,6 +163,12 @@ def clean(prompt: str) -> str:
     return " ".join("".join(visible).split())
 
 
+def in_other_scripts(prompt: str) -> bool:
+    """Whether there are letters in it that are neither Latin nor Chinese."""
+    letters = (c for c in unicodedata.normalize("NFKC", prompt) if unicodedata.category(c) in ("Lu", "Ll", "Lt", "Lo"))
+    return not all(unicodedata.name(c, "").startswith(("LATIN ", "CJK ")) for c in letters)
+
+
 def spelled(characters: str, at_most: int = 12) -> str:
     """Characters for a message: as they are if they show anything, by name otherwise."""
     shown = [c if c.isprintable() and not c.isspace() else CONTROLS.get(c, _name(c)) for c in characters[:at_most]]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dalle_demo.config import Params
-from dalle_demo.text import spelled
+from dalle_demo.text import in_other_scripts, spelled
 from dalle_demo.weights import Dalle, Unclip
 
 LEFT_OUT = {
@@ -21,6 +21,9 @@ LEFT_OUT = {
     "cut": "This model left out the end of the prompt (it has {tokens} tokens, {length} are read).",
     "unread_and_cut": "This model left out characters that it cannot read ({unread}) and the end of the prompt (it has "
     "{tokens} tokens, {length} are read).",
+    "unfamiliar": "This model reads English and Chinese; it may not know words in other letters.",
+    "unfamiliar_and_cut": "This model reads English and Chinese; it may not know words in other letters, and left out "
+    "the end of the prompt (it has {tokens} tokens, {length} are read).",
 }
 
 
@@ -46,7 +49,7 @@ class Update:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What of a prompt a model does not read: one of LEFT_OUT, and the values that it wants; in English as a str."""
+    """What of a prompt a model does not read, or know: one of LEFT_OUT, and its values; in English as a str."""
 
     key: str
     unread: str  # characters
@@ -125,15 +128,19 @@ class Engine(ABC):
         return self.request(prompt, **{**self.config.defaults, **settings})
 
     def left_out(self, prompt: str) -> LeftOut | None:
-        """What of the prompt the model cannot read, if anything."""
+        """What of the prompt the model cannot read, or was never taught, if anything."""
         length = self.config.text_encoder.length
         encoded = self.model.tokenizer.encode(prompt, length)
         if encoded.empty and prompt.strip():
             key = "nothing_read"
         elif encoded.unread and encoded.dropped:
             key = "unread_and_cut"
-        elif encoded.unread or encoded.dropped:
-            key = "unread" if encoded.unread else "cut"
+        elif encoded.unread:
+            key = "unread"
+        elif not self.config.text_encoder.ascii_only and in_other_scripts(prompt):  # in the bytes of which it has ids
+            key = "unfamiliar_and_cut" if encoded.dropped else "unfamiliar"
+        elif encoded.dropped:
+            key = "cut"
         else:
             return None
         return LeftOut(key, spelled(encoded.unread), length + encoded.dropped, length)

@@ -490,6 +490,12 @@ def test_says_what_was_left_out_of_a_long_prompt(engine):
     assert draw(engine, words, n=1, seed=1) == draw(engine, words + "apple", n=1, seed=1)
 
 
+def test_says_that_it_was_not_taught_other_scripts(engine):
+    assert engine.left_out("кот").key == "unfamiliar"
+    assert engine.left_out("кот " * 40).key == "unfamiliar_and_cut"
+    assert str(engine.left_out("кот")).startswith("This model reads English and Chinese; it may not know")
+
+
 @pytest.mark.parametrize("form", ["float16", "bfloat16"])
 def test_draws_in_every_format(nano_folder, form):
     engine = DalleEngine.load(str(nano_folder), form=form)

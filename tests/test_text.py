@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_demo.checkpoints import load_tokenizer
-from dalle_demo.text import END, PAD, START, UNKNOWN, Tokenizer, clean, spelled
+from dalle_demo.text import END, PAD, START, UNKNOWN, Tokenizer, clean, in_other_scripts, spelled
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,27 @@ def test_vocabulary_in_another_order_is_refused(min_dalle):
     vocab = json.loads((min_dalle / "vocab.json").read_text())
     with pytest.raises(ValueError, match="<s> <pad> </s> <unk>"):
         Tokenizer.from_merges(vocab | {"<pad>": 2, "</s>": 1}, [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("a red apple", False),
+        ("Ein Käse, ½ ﬂat, ＡＢＣ", False),
+        ("一只小狗，臺灣 々", False),
+        ("🍕 3 ❤️ 42 % !?", False),
+        ("кот", True),
+        ("a cat and a кот", True),
+        ("تفاحة", True),
+        ("ねこ", True),
+        ("カ 猫", True),
+        ("사과", True),
+        ("μήλο", True),
+    ],
+    ids=ascii,
+)
+def test_knows_letters_that_are_neither_latin_nor_chinese(prompt, other):
+    assert in_other_scripts(prompt) is other
 
 
 def test_characters_are_spelled_for_a_message():

@@ -74,6 +74,7 @@ def test_the_summary_of_a_run_says_it_too(engine):
     params = engine.params("zyxwvut " * 20, seed=1)
     assert "left out the end" in _summary(engine, params, 2.0, "en")
     assert "略去了描述的末尾" in _summary(engine, params, 2.0, "zh-CN")
+    assert _summary(engine, engine.params("кот", seed=1), 2.0, "zh-CN").endswith("可能不认识其他文字的词。")
     one = engine.params("a red apple", n=1, seed=1)
     assert _summary(engine, one, 2.0, "en") == "tiny drew 1 picture in 2.0 s, seed 1."
 

@@ -265,6 +265,15 @@ def test_words_that_are_not_read_are_named(tab):
         assert "left out the end of the prompt" in draw(tab, **changes)["line"]
 
 
+def test_words_in_letters_that_it_was_not_taught_are_told(tab, unclip):
+    source = tab.sources.keep(frames.Source(unclip.invert(Image.new("RGB", (8, 8))), "dot"))
+    for changes in ({"prompt": "кот"}, {"second": "кот"}, {"change_from": "кот", "change_to": "a house"}):
+        assert draw(tab, **changes)["line"].endswith("it may not know words in other letters.")
+    edit = {"section": "edit", "source": source, "edit_from": "кот", "edit_to": "a house"}
+    assert draw(tab, CHINESE, **edit)["line"].endswith("可能不认识其他文字的词。")
+    assert "other letters" not in draw(tab, prompt="猫, a café 🍕")["line"]
+
+
 def test_an_edit_asks_for_its_words_and_in_chinese(tab, unclip):
     source = tab.sources.keep(frames.Source(unclip.invert(Image.new("RGB", (8, 8))), "dot"))
     assert draw(tab, section="edit", source=source)["said"].startswith("Type what the picture should become")

@@ -171,7 +171,7 @@ def words(engine: UnclipEngine, values: Values) -> Scene:
         start, goal = (values.styled(more[name]) for name in ("from", "to"))
         seen = _moved(engine, seen, start or params.prompt, goal, more["strength"])
     requests = [params.alone() | more | {"seed": params.seed + i} for i in range(GRID)]
-    return Scene(mixing.apart(seen), requests, texts=[params.prompt, *filter(None, (second, target))])
+    return Scene(mixing.apart(seen), requests, texts=[params.prompt, *filter(None, (second, more.get("from"), target))])
 
 
 def variations(engine: UnclipEngine, values: Values) -> Scene:
@@ -210,7 +210,8 @@ def edit(engine: UnclipEngine, values: Values) -> Scene:
         goal = _imagined(engine, engine.params(target, n=1, seed=0)).embedding[0]
         seen = [Seen(mixing.slerp(source.seen.embedding, goal, value), source.seen.noise) for value in strengths]
     requests = [_request(source.name, operation="text diff", **change | {"strength": value}) for value in strengths]
-    return Scene(seen, requests, [f"{strength:.2f}" for strength in strengths], [target])
+    texts = [*filter(None, (change["from"], target))]
+    return Scene(seen, requests, [f"{strength:.2f}" for strength in strengths], texts)
 
 
 def walk(engine: UnclipEngine, values: Values) -> Scene:

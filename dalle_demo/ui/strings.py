@@ -501,6 +501,9 @@ SENTENCES = {
         "nothing_read": "这个模型只读英文，这段描述一个字也没有读懂：图片与它无关。",
         "unread": "这个模型略去了它读不懂的字符（{unread}）。",
         "cut": "这个模型略去了描述的末尾（共 {tokens} 个词元，只读 {length} 个）。",
+        "unfamiliar": "这个模型只学过英文和中文，可能不认识其他文字的词。",
+        "unfamiliar_and_cut": "这个模型只学过英文和中文，可能不认识其他文字的词，还略去了描述的末尾"
+        "（共 {tokens} 个词元，只读 {length} 个）。",
         "unread_and_cut": "这个模型略去了它读不懂的字符（{unread}）和描述的末尾"
         "（共 {tokens} 个词元，只读 {length} 个）。",
         "label_here": "{model}：每张 {seconds}，{licence}",
