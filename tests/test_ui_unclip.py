@@ -1,6 +1,7 @@
 """The DALL-E 2 tab without a browser: what each section draws, what its files say, and what it refuses in words."""
 
 import base64
+import contextlib
 import gc
 import io
 import weakref
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from dalle_demo import mixing, weights
-from dalle_demo.data import emoji
+from dalle_demo.data import emoji, uploads
 from dalle_demo.engines import UnclipEngine
 from dalle_demo.images import describe, read_request
 from dalle_demo.shelf import UNCLIP, Shelf
@@ -24,6 +25,7 @@ from dalle_demo.ui.unclip import UnclipTab
 
 ENGLISH = SimpleNamespace(session_hash="page", headers={})
 CHINESE = SimpleNamespace(session_hash="page", headers={"accept-language": "zh-CN"})
+NOTHING = (gr.skip(),) * 5  # that a click changes
 PAGE = {name: value for name, (*_, value) in SLIDERS.items()} | {
     "section": "words",
     "prompt": "a red apple",
@@ -50,7 +52,7 @@ def sources(unclip) -> Sources:
 def cat(unclip, sources) -> str:
     """Name of a picture to go on from."""
     seen = unclip.invert(Image.new("RGB", (40, 30), "orange"))
-    return sources.keep(frames.Source(seen, "a cat"))
+    return sources.keep("page", frames.Source(seen, "a cat"))
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_variations_go_further_row_by_row(scene, sources, cat):
 
 
 def test_a_blend_lies_between_its_two_pictures(unclip, scene, sources, cat):
-    other = sources.keep(frames.Source(unclip.invert(Image.new("RGB", (20, 20), "blue")), "the sea"))
+    other = sources.keep("page", frames.Source(unclip.invert(Image.new("RGB", (20, 20), "blue")), "the sea"))
     first, between, second = scene(section="blend", source=cat, other=other, blend=0.5).seen
     assert near(first, sources.find(cat).seen)
     assert near(second, sources.find(other).seen)
@@ -223,17 +225,39 @@ def test_files_of_one_page_have_names_of_their_own(scene, sources, cat):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_any_picture_can_be_saved_and_gone_on_from(tab, unclip, section):
-    source = tab.sources.keep(frames.Source(unclip.invert(Image.new("RGB", (40, 30), "orange")), "猫.png"))
+    source = tab.sources.keep("page", frames.Source(unclip.invert(Image.new("RGB", (40, 30), "orange")), "猫.png"))
     values = PAGE | {"section": section, "source": source, "other": source, "edit_to": "a house", "frames": 8}
     _, save = tab._server_functions()
     shown = frames.scene_of(unclip, Values(values, tab.sources))
     last = len(shown.seen) - 1
     answer = save(values | {"index": last}, ENGLISH)
     assert answer["name"].endswith(".png")
-    next_section, picture, kept = tab.take(SimpleNamespace(_data=values | {"index": last}))
+    event = SimpleNamespace(_data=values | {"index": last})
+    next_section, picture, _, kept, _ = tab.take(ENGLISH, event, section, source, source)
     assert next_section == ("variations" if section in ("words", "walk") else section)
     assert same(tab.sources.find(kept).seen, shown.seen[last])
     assert picture.tobytes() == picture_of(answer["url"]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("section", "source", "other", "place"),
+    [
+        ("blend", "", "", "source"),
+        ("blend", "kept", "", "other"),
+        ("blend", "", "kept", "source"),
+        ("blend", "kept", "kept", "source"),
+        ("edit", "", "", "source"),
+        ("edit", "kept", "", "source"),
+    ],
+)
+def test_a_clicked_picture_goes_where_one_lacks(tab, section, source, other, place):
+    """Whatever the section was that it was drawn in."""
+    stays, *taken = tab.take(ENGLISH, SimpleNamespace(_data=PAGE | {"index": 2}), section, source, other)
+    assert stays == section
+    pictures, names = (dict(zip(("source", "other"), pair, strict=True)) for pair in (taken[:2], taken[2:]))
+    assert [name for name in names if names[name] != gr.skip()] == [place]
+    assert pictures[place].size == (32, 32)
+    assert tab.sources.find(names[place]).name == "a red apple"
 
 
 @pytest.mark.parametrize(
@@ -253,6 +277,7 @@ def test_any_picture_can_be_saved_and_gone_on_from(tab, unclip, section):
         ({"section": "variations", "source": "guessed"}, "This picture is not kept any more"),
         ({"section": "variations", "source": ["guessed"]}, "This picture is not kept any more"),
         ({"section": "blend"}, "Choose two pictures"),
+        ({"section": "blend", "other": "guessed"}, "Choose a picture"),
         ({"section": "walk", "frames": 10**9}, "Not drawn. Frames: must be from 8 to 64"),
     ],
 )
@@ -266,7 +291,7 @@ def test_words_that_are_not_read_are_named(tab):
 
 
 def test_words_in_letters_that_it_was_not_taught_are_told(tab, unclip):
-    source = tab.sources.keep(frames.Source(unclip.invert(Image.new("RGB", (8, 8))), "dot"))
+    source = tab.sources.keep("page", frames.Source(unclip.invert(Image.new("RGB", (8, 8))), "dot"))
     for changes in ({"prompt": "кот"}, {"second": "кот"}, {"change_from": "кот", "change_to": "a house"}):
         assert draw(tab, **changes)["line"].endswith("it may not know words in other letters.")
     edit = {"section": "edit", "source": source, "edit_from": "кот", "edit_to": "a house"}
@@ -275,7 +300,8 @@ def test_words_in_letters_that_it_was_not_taught_are_told(tab, unclip):
 
 
 def test_an_edit_asks_for_its_words_and_in_chinese(tab, unclip):
-    source = tab.sources.keep(frames.Source(unclip.invert(Image.new("RGB", (8, 8))), "dot"))
+    source = tab.sources.keep("page", frames.Source(unclip.invert(Image.new("RGB", (8, 8))), "dot"))
+    assert draw(tab, section="blend", source=source)["said"].startswith("Choose the second picture")
     assert draw(tab, section="edit", source=source)["said"].startswith("Type what the picture should become")
     assert draw(tab, CHINESE, section="edit", source=source)["said"].startswith("请写下")
     assert "画了 4 张图片" in draw(tab, CHINESE)["line"]
@@ -288,16 +314,32 @@ def test_values_of_another_shape_are_refused(tab):
             assert "said" in function(given, ENGLISH)
     for index in (None, -1, 4, 1.5, "0"):
         assert "said" in functions[1](PAGE | {"index": index}, ENGLISH)
-        assert tab.take(SimpleNamespace(_data=PAGE | {"index": index}))[2] == gr.skip()
-    assert tab.take(SimpleNamespace(_data=None))[2] == gr.skip()
+        assert tab.take(ENGLISH, SimpleNamespace(_data=PAGE | {"index": index}), "words", "", "") == NOTHING
+    assert tab.take(ENGLISH, SimpleNamespace(_data=None), "words", "", "") == NOTHING
 
 
-def test_only_so_many_pictures_are_kept(sources, monkeypatch):
-    monkeypatch.setattr(frames, "KEPT", 2)
-    first, *others = (sources.keep(number) for number in range(3))
-    assert [sources.find(name) for name in others] == [1, 2]
-    with pytest.raises(MissingError):
-        sources.find(first)
+def found(sources: Sources, names: list[str]) -> list:
+    """What is kept under these names, where it still is."""
+    kept = []
+    for name in names:
+        with contextlib.suppress(MissingError):
+            kept.append(sources.find(name))
+    return kept
+
+
+def test_each_visitor_has_so_many_pictures_whatever_the_others_upload(sources, monkeypatch):
+    monkeypatch.setattr(frames, "KEPT_EACH", 2)
+    first = sources.keep("quiet", "first")
+    names = [sources.keep("greedy", number) for number in range(5)]
+    assert found(sources, [first, *names]) == ["first", 3, 4]
+
+
+def test_all_visitors_together_have_so_many_pictures(sources, monkeypatch):
+    monkeypatch.setattr(frames, "KEPT", 3)
+    names = [sources.keep(visitor, visitor) for visitor in ("one", "two", "two", "three", "four")]
+    assert found(sources, names) == ["two", "three", "four"], "of who has most, then of who came first"
+    assert len(set(names)) == 5
+    assert min(map(len, names)) >= 22, "128 bits, which nobody guesses"
 
 
 def test_an_upload_that_cannot_be_used_is_refused_in_a_sentence(tab, tmp_path, monkeypatch):
@@ -317,6 +359,36 @@ def test_an_upload_that_cannot_be_used_is_refused_in_a_sentence(tab, tmp_path, m
     _, kept = tab.see(ENGLISH, {"path": str(path)}, UNCLIP)
     assert tab.sources.find(kept).name == "broken"
     assert tab.see(ENGLISH, None, UNCLIP)[1] == ""
+    assert tab.see(ENGLISH, {"path": str(path)}, "guessed")[1] == ""
+    assert warned[-1].startswith("unclip-nano could not be loaded: it has just been deleted")
+
+
+@pytest.mark.parametrize(
+    ("size", "colour", "english", "chinese"),
+    [
+        ((60, 40), (0, 0, 0, 0), "Not used: the picture is empty", "没有采用：图片是空的，全部透明。"),
+        ((8, 40), "red", "Not used: the picture is tiny (8x40 pixels, at least 32", "没有采用：图片太小（8x40 像素"),
+        ((1200, 1000), "red", "Not used: the picture has more than 1 million", "没有采用：图片超过 1 百万像素"),
+        (None, None, "Not used: the picture is damaged, or no picture", "没有采用：图片已损坏"),
+    ],
+)
+def test_why_an_upload_cannot_be_used_is_said_in_both_languages(
+    tab, tmp_path, monkeypatch, size, colour, english, chinese
+):
+    warned, path = [], tmp_path / "uploads" / "picture.png"
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(path.parent))
+    monkeypatch.setattr(uploads, "MAX_PIXELS", 10**6)
+    path.parent.mkdir()
+    Image.new("RGBA", size, colour).save(path) if size else path.write_bytes(b"no picture")
+    for request in (ENGLISH, CHINESE):
+        tab.see(request, {"path": str(path)}, UNCLIP)
+    path.unlink()
+    tab.see(CHINESE, {"path": str(path)}, UNCLIP)
+    assert [sentence.startswith(start) for sentence, start in zip(warned, (english, chinese), strict=False)] == [
+        True
+    ] * 2
+    assert warned[2:] == ["这张图片已经不在了，请重新选择。"]
 
 
 def test_without_weights_the_tab_says_so(nano_folder, engine, tmp_path, monkeypatch):

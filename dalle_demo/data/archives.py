@@ -35,7 +35,14 @@ class UploadError(ValueError):
 
 
 class UnusableError(ValueError):
-    """One file that is left out; the message is the reason."""
+    """One file that is left out; the message is the reason.
+
+    `kind`, where there is one, and its `values` are for who says it in another language.
+    """
+
+    def __init__(self, message: str, kind: str = "", **values: int):
+        super().__init__(message)
+        self.kind, self.values = kind, values
 
 
 @dataclass(frozen=True)

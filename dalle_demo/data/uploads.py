@@ -217,7 +217,10 @@ def _write(files: Sequence[File], folder: Path, label: str) -> Report:
 
 
 def decode(data: bytes) -> tuple[Image.Image, bool]:
-    """Upright RGB or RGBA picture of at most SIDE pixels, and whether it is the first of several in its file."""
+    """Upright RGB or RGBA picture of at most SIDE pixels, and whether it is the first of several in its file.
+
+    Raises UnusableError, of the kind `damaged`, `transparent`, `large` or `tiny`.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as source:
             _check_size(*source.size)
@@ -228,13 +231,13 @@ def decode(data: bytes) -> tuple[Image.Image, bool]:
     except UnusableError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnusableError(_too_large()) from error
+        raise _too_large() from error
     except Exception as error:  # on damaged data the decoders raise what they like
-        raise UnusableError("is damaged, or no picture at all; save it again as PNG or JPEG") from error
+        raise UnusableError("is damaged, or no picture at all; save it again as PNG or JPEG", "damaged") from error
     if picture.mode == "RGBA":
         least, most = picture.getchannel("A").getextrema()
         if most == 0:
-            raise UnusableError("is empty: all of it is transparent")
+            raise UnusableError("is empty: all of it is transparent", "transparent")
         picture = picture.convert("RGB") if least == 255 else picture
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     picture.info.clear()  # where and when it was taken is nobody's business
@@ -243,13 +246,15 @@ def decode(data: bytes) -> tuple[Image.Image, bool]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UnusableError(_too_large())
+        raise _too_large()
     if min(width, height) < TINY:
-        raise UnusableError(f"is tiny ({width}x{height} pixels, at least {TINY} a side are needed); give a larger one")
+        reason = f"is tiny ({width}x{height} pixels, at least {TINY} a side are needed); give a larger one"
+        raise UnusableError(reason, "tiny", width=width, height=height, least=TINY)
 
 
-def _too_large() -> str:
-    return f"has more than {MAX_PIXELS // 10**6} million pixels; make it smaller"
+def _too_large() -> UnusableError:
+    millions = MAX_PIXELS // 10**6
+    return UnusableError(f"has more than {millions} million pixels; make it smaller", "large", millions=millions)
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:

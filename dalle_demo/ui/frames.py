@@ -8,7 +8,8 @@ import base64
 import dataclasses
 import io
 import tempfile
-from collections import OrderedDict
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from dalle_demo.ui.strings import STYLES
 GRID = 4  # pictures from words; variations in a row
 ROWS = 3  # of variations, each further away than the one before
 KEPT = 1000  # pictures that visitors can go on from, over all of them
+KEPT_EACH = 16  # of these, of one visitor, whose page shows two
 QUALITY = 92  # of JPEG; who saves a picture gets it as PNG
 FRAME_MILLISECONDS = 80  # of a walk
 RECENT = 16  # results of the prior, and of CLIP
@@ -59,23 +61,34 @@ class Source:
 
 
 class Sources:
-    """Pictures by a name that nobody can guess, the last KEPT of them."""
+    """Pictures by a name that nobody can guess: the page that was told it is the only one that can ask for it.
+
+    Of each visitor the last KEPT_EACH are kept. Where all together have more than KEPT, one of whoever has most goes.
+    """
 
     def __init__(self):
-        self._kept: OrderedDict[str, Source] = OrderedDict()
+        self._kept: dict[str, tuple[str | None, Source]] = {}  # with the visitor, the oldest first
+        self._lock = threading.Lock()
 
-    def keep(self, source: Source) -> str:
+    def keep(self, visitor: str | None, source: Source) -> str:
         """Name under which it can be had."""
         name = token_urlsafe(16)
-        self._kept[name] = source
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[name] = visitor, source
+            counts = Counter(owner for owner, _ in self._kept.values())
+            if counts[visitor] > KEPT_EACH:
+                self._forget_oldest(visitor)
+            elif len(self._kept) > KEPT:
+                self._forget_oldest(max(counts, key=counts.__getitem__))
         return name
+
+    def _forget_oldest(self, visitor: str | None) -> None:
+        del self._kept[next(name for name, (owner, _) in self._kept.items() if owner == visitor)]
 
     def find(self, name: Any) -> Source:
         """The picture of a name; raises MissingError when it was not kept."""
         try:
-            return self._kept[name]
+            return self._kept[name][1]
         except (KeyError, TypeError) as error:
             raise MissingError("picture_gone") from error
 
@@ -190,7 +203,8 @@ def variations(engine: UnclipEngine, values: Values) -> Scene:
 
 def blend(engine: UnclipEngine, values: Values) -> Scene:
     """Two pictures as the model sees them, and between them what lies there."""
-    one, other = (values.source(name, "need_two") for name in ("source", "other"))
+    one = values.source("source", "need_source" if values.given.get("other") else "need_two")
+    other = values.source("other", "need_other")
     shares = [0.0, values.number("blend"), 1.0]
     seen = [mixing.blend(one.seen, other.seen, share) for share in shares]
     requests = [_request(f"{one.name} + {other.name}", operation="blend", share=share) for share in shares]

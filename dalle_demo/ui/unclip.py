@@ -49,7 +49,7 @@ const tell = (sentence, wrong) => {
   line.textContent = sentence;
   line.classList.toggle("failed", wrong);
   line.setAttribute("role", "alert");
-  wall.classList.add("stale");
+  wall.classList.toggle("stale", wrong);  // else the sentence asks for something, perhaps for a click on a picture
 };
 const lost = () => tell(document.querySelector("#unclip_lost").textContent.trim(), true);
 
@@ -269,8 +269,9 @@ class UnclipTab:
             )
             seen.then(**self.draw)
             upload.clear(lambda: "", None, [self.controls[name]], **QUIET).then(**self.draw)
-        taken = [section, self.uploads["source"], self.controls["source"]]
-        self.stage.select(self.take, None, taken, **QUIET).then(**self.draw)
+        kept = [self.controls[name] for name in self.uploads]
+        taken = [section, *self.uploads.values(), *kept]
+        self.stage.select(self.take, [section, *kept], taken, **QUIET).then(**self.draw)
 
     def _wire_generate(self, generate: GenerateTab, tabs: gr.Tabs) -> None:
         """A way over from the pictures of the Generate tab."""
@@ -295,15 +296,14 @@ class UnclipTab:
         """What `make` makes of values, or the sentence that says what is wrong with them."""
         language, values = language_of(request), Values.of(given, self.sources)
         try:
-            return make(self.shelf.unclip(_model_of(values)), values, language)
+            return make(self.shelf.unclip(self._model_of(values)), values, language)
         except ParamError as error:
             reason = f"{label(error.field, language)}: {str(error).removeprefix(error.field + ': ')}"
             return {"said": say("bad_value", language, reason=reason), "wrong": True}
         except MissingError as error:
             return {"said": say(error.key, language), "wrong": False}
         except ShelfError as error:
-            title = self.shelf.title(_model_of(values)) if self.shelf.is_unclip(_model_of(values)) else UNCLIP
-            return {"said": say("load_failed", language, model=title, reason=error), "wrong": True}
+            return {"said": self._not_loaded(self._model_of(values), error, language), "wrong": True}
 
     def frame(self, engine: UnclipEngine, values: Values, language: str) -> dict:
         """Pictures of the chosen section, and a line on them."""
@@ -364,24 +364,31 @@ class UnclipTab:
     def see(self, request: gr.Request, upload: Any, model: str) -> tuple:
         """Keep what is seen in a picture that was chosen."""
         try:
-            return gr.skip(), self._keep_file(_path_of(upload), model)
+            return gr.skip(), self._keep_file(request, _path_of(upload), model)
         except (ValueError, OSError) as error:
-            _warn(error, request)
+            self._warn(error, model, request)
             return None, ""
 
-    def take(self, event: gr.EventData) -> tuple:
-        """Go on from a picture that was clicked, with exactly what it was drawn from."""
+    def take(self, request: gr.Request, event: gr.EventData, section: str, source: str, other: str) -> tuple:
+        """Go on in a section from a picture that was clicked, with exactly what it was drawn from.
+
+        It takes the place of the picture that is there, except where a blend has one and lacks the second.
+
+        Returns:
+            section, and what is in the two places, as pictures and as names.
+        """
         values = Values.of(event._data, self.sources)
         try:
-            engine = self.shelf.unclip(_model_of(values))
+            engine = self.shelf.unclip(self._model_of(values))
             scene = frames.scene_of(engine, values)
             index = _index(values, scene)
         except (ParamError, MissingError, ShelfError):  # the next frame says so, too
-            return gr.skip(), gr.skip(), gr.skip()
-        section = values.given["section"]
-        kept = self.sources.keep(Source(scene.seen[index], scene.requests[index]["prompt"]))
+            return tuple(gr.skip() for _ in range(5))
+        kept = self.sources.keep(request.session_hash, Source(scene.seen[index], scene.requests[index]["prompt"]))
         (picture,) = scene.draw(engine, [index])
-        return "variations" if section in FROM_WORDS else section, picture, kept
+        if section == "blend" and source and not other:
+            return section, gr.skip(), picture, gr.skip(), kept
+        return "variations" if section in FROM_WORDS else section, picture, gr.skip(), kept, gr.skip()
 
     def choose(self, event: gr.SelectData) -> tuple:
         """Offer variations of a picture of the Generate tab that is looked at."""
@@ -391,38 +398,49 @@ class UnclipTab:
         """Bring a picture of the Generate tab, which this model sees as any that is uploaded."""
         try:
             path = Path((pictures or [])[index][0])
-            return gr.Tabs(selected="unclip"), "variations", str(path), self._keep_file(path, model)
+            return gr.Tabs(selected="unclip"), "variations", str(path), self._keep_file(request, path, model)
         except IndexError:  # of a grid that is drawn anew
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         except (ValueError, OSError) as error:
-            _warn(error, request)
+            self._warn(error, model, request)
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
-    def _keep_file(self, path: Path, model: str) -> str:
+    def _keep_file(self, request: gr.Request, path: Path, model: str) -> str:
         """Name of what is seen in a picture; raises ValueError where it cannot be used."""
         from dalle_demo.data.uploads import decode  # the trainer's, which the page starts without
 
         picture, _ = decode(path.read_bytes())
-        return self.sources.keep(Source(self.shelf.unclip(model).invert(picture), path.stem))
+        return self.sources.keep(request.session_hash, Source(self.shelf.unclip(model).invert(picture), path.stem))
 
+    def _warn(self, error: Exception, model: str, request: gr.Request) -> None:
+        """Say why a picture is not used."""
+        from dalle_demo.data.archives import UnusableError  # as above
 
-def _warn(error: Exception, request: gr.Request) -> None:
-    """Say why a picture is not used."""
-    reason = say("bad_picture", language_of(request), reason=error)
-    gr.Warning(html.escape(reason, quote=False))
+        language = language_of(request)
+        if isinstance(error, UnusableError):
+            sentence = say(f"unusable_{error.kind}", language, **error.values)
+        elif isinstance(error, ShelfError):
+            sentence = self._not_loaded(model, error, language)
+        else:  # its file is gone
+            sentence = say("picture_gone", language)
+        gr.Warning(html.escape(sentence, quote=False))
+
+    def _not_loaded(self, model: str, error: ShelfError, language: str) -> str:
+        """Why a model does not draw, without a name that was guessed."""
+        title = self.shelf.title(model) if self.shelf.is_unclip(model) else UNCLIP
+        return say("load_failed", language, model=title, reason=error)
+
+    def _model_of(self, values: Values) -> str:
+        """Name of the model to draw with, which the page may lack."""
+        return str(values.given.get("model") or UNCLIP)
 
 
 def _path_of(upload: Any) -> Path:
-    """File of an upload; raises ValueError unless it is where gradio keeps them."""
+    """File of an upload; raises MissingError unless it is where gradio keeps them."""
     path = Path(str(upload.get("path"))).resolve() if isinstance(upload, dict) else Path()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise ValueError("was not uploaded")
+        raise MissingError("picture_gone")
     return path
-
-
-def _model_of(values: Values) -> str:
-    """Name of the model to draw with, which the page may lack."""
-    return str(values.given.get("model") or UNCLIP)
 
 
 def _index(values: Values, scene: Scene) -> int:

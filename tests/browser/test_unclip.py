@@ -161,11 +161,16 @@ def test_from_a_picture_to_variations_edits_blends_and_a_walk(tab, tmp_path):
     tab.fill("#unclip_edit_to textarea", "a house")
     expect(tab.locator(PICTURES)).to_have_count(2, timeout=SLOW)
     choose(tab, "blend")
-    expect(line(tab)).to_contain_text("Choose two pictures")
+    expect(line(tab)).to_contain_text("Choose the second picture")
+    tab.locator("#stage .pick").nth(1).click()
+    expect(tab.locator(PICTURES)).to_have_count(3, timeout=SLOW)
+    expect(tab.locator("#unclip_section input[value=blend]")).to_be_checked()
+    tab.locator("#unclip_other button[aria-label='Remove Image']").click()
+    expect(line(tab)).to_contain_text("Choose the second picture", timeout=SLOW)
     picture = tmp_path / "sea.png"
     Image.new("RGB", (50, 40), "teal").save(picture)
     tab.set_input_files("#unclip_other input[type=file]", str(picture))
-    expect(tab.locator(PICTURES)).to_have_count(3, timeout=SLOW)
+    expect(line(tab)).to_contain_text("drew the blend", timeout=SLOW)
     choose(tab, "walk")
     expect(tab.locator(PICTURES)).to_have_count(1, timeout=SLOW)
     with Image.open(save(tab, 0, tmp_path)) as walk:
