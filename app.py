@@ -57,8 +57,11 @@ def serve(args: argparse.Namespace) -> None:
     from dalle_demo import DalleEngine
     from dalle_demo.__main__ import ensure
     from dalle_demo.shelf import Shelf
+    from dalle_demo.weights import is_unclip
 
-    shelf = Shelf(ensure(args.weights), is_offline(), partial(DalleEngine.load, device=args.device))
+    given = ensure(args.weights)
+    what = "unclip" if is_unclip(given) else "preset"
+    shelf = Shelf(offline=is_offline(), load=partial(DalleEngine.load, device=args.device), **{what: given})
     from dalle_demo.ui.app import build  # brings gradio, seconds that a wrong folder need not wait for
 
     page, options = build(shelf)
@@ -69,7 +72,7 @@ def serve(args: argparse.Namespace) -> None:
         where = f"port {args.port or 'from 7860 to 7959'}" + (f" of {args.host}" if args.host else "")
         advice = "give another --port" + (", or a --host that this computer has" if args.host else "")
         raise OSError(f"cannot listen on {where}, which another program may have: {advice}") from error
-    print(f"{shelf.home} is served at {url}", flush=True)
+    print(f"{shelf.home if what == 'preset' else shelf.unclip_home} is served at {url}", flush=True)
     shelf.models()  # measures what the first visitor would otherwise wait for
     page.block_thread()
 

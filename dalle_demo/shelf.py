@@ -1,7 +1,7 @@
 """model name -> its engine: one model in memory at a time, and what there is to know of those that are not.
 
 A request borrows the engine of its model with `lend`; `fetch` brings a model that is not here yet. The models of
-`unclip` are so small that two of them stay beside any other: the shipped one, and of tuned ones the last.
+`unclip` are so small that some stay beside any other: everybody's, and of visitors' own ones the last.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_demo import hardware, hub, repos, weights
-from dalle_demo.config import PRESETS, SOURCES, DalleConfig
+from dalle_demo.config import PRESETS, SOURCES, UNCLIP_PRESETS, DalleConfig
 from dalle_demo.engines import DalleEngine, UnclipEngine
 from dalle_demo.weights import Dalle, Unclip
 
@@ -101,6 +101,7 @@ class Shelf:
         offline: leave out models that would have to be downloaded.
         load: preset or folder -> engine; takes `form` and `threads` as DalleEngine.load does.
         load_unclip: preset or folder -> engine; takes `change` as UnclipEngine.load does.
+        unclip: the same as `preset` of DALL-E 2 models; the shipped one, loaded when it is asked for, when None.
     """
 
     def __init__(
@@ -109,13 +110,18 @@ class Shelf:
         offline: bool = False,
         load: Callable[..., DalleEngine] = DalleEngine.load,
         load_unclip: Callable[..., UnclipEngine] = UnclipEngine.load,
+        unclip: str | None = None,
     ):
         self._load_engine = load
         self._offline = offline
         self._lock = threading.Lock()  # held by the request that draws
         self._engine: DalleEngine | None = load(preset)
         self._load_unclip = load_unclip
-        self._unclips: dict[str, UnclipEngine] = {}  # that are loaded
+        given = [load_unclip(unclip)] if unclip else []
+        self._unclips = {engine.name: engine for engine in given}  # that are loaded
+        self.unclip_home = given[0].name if given else UNCLIP
+        others = {name: name for name in UNCLIP_PRESETS if name != self.unclip_home}
+        self._unclip_presets = {self.unclip_home: unclip or UNCLIP} | others
         self._own_unclips: dict[str, OwnUnclip] = {}
         self._unclip_door = threading.Lock()  # of who would load it
         self.home = self.loaded = self._engine.name
@@ -162,7 +168,7 @@ class Shelf:
 
     def is_unclip(self, name: str) -> bool:
         """Whether a name is that of a DALL-E 2 model."""
-        return name == UNCLIP or name in self._own_unclips
+        return name in self._unclip_presets or name in self._own_unclips
 
     def drop(self, name: str) -> None:
         """Forget an adopted model, which may go on drawing what it has begun."""
@@ -189,7 +195,7 @@ class Shelf:
         able = [name for name in self.names() if self._configs[name].vqgan.encoder and self._files(name).folder]
         presets = {name: self._presets[name] for name in able}
         presets |= {name: name for name in SOURCES if name not in self._configs and _has_encoder(repos.listed(name))}
-        presets |= {UNCLIP: UNCLIP} if self.has_unclip() else {}
+        presets |= {name: self._unclip_presets[name] for name in self.unclips()}
         return {
             name: str(Path(preset).absolute()) if Path(preset).exists() else preset for name, preset in presets.items()
         }
@@ -227,26 +233,27 @@ class Shelf:
         finally:
             self._lock.release()
 
-    def has_unclip(self) -> bool:
-        """Whether the weights of the DALL-E 2 model are here, whole or not."""
-        try:
-            return bool(weights.find(UNCLIP))
-        except ValueError:
-            return False
+    def unclips(self) -> list[str]:
+        """Names of everybody's DALL-E 2 models whose weights are here, whole or not."""
+        return [name for name, preset in self._unclip_presets.items() if _is_here(preset)]
 
-    def unclip(self, name: str = UNCLIP) -> UnclipEngine:
+    def unclip(self, name: str | None = None) -> UnclipEngine:
         """Engine of a DALL-E 2 model, loaded when it is first asked for; raises ShelfError where that fails."""
+        name = name or self.unclip_home
         with self._unclip_door:
             own = self._own_unclips.get(name)
-            if name != UNCLIP and own is None:
+            if own is None and name not in self._unclip_presets:
                 raise ShelfError("it has just been deleted; choose another")
             if name not in self._unclips:
                 try:
-                    engine = self._load_unclip(str(own.folder), change=own.named) if own else self._load_unclip(UNCLIP)
+                    preset, options = self._unclip_presets.get(name), {}
+                    if own:
+                        preset, options = str(own.folder), {"change": own.named}
+                    engine = self._load_unclip(preset, **options)
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     raise self._failure(name, error) from error
-                self._unclips = {other: kept for other, kept in self._unclips.items() if other == UNCLIP or not own}
-                self._unclips[name] = engine
+                stay = self._unclip_presets if own else self._unclips
+                self._unclips = {other: kept for other, kept in self._unclips.items() if other in stay} | {name: engine}
             return self._unclips[name]
 
     def unclip_facts(self, name: str) -> tuple[str, int] | None:
@@ -302,7 +309,7 @@ class Shelf:
         """What visitors are told of an error, without the folders in which the server keeps its files."""
         if isinstance(error, ValueError):
             sentence, own = str(error), self._own_unclips.get(name)
-            home = own.folder if own else Path(self._presets.get(name, name))
+            home = own.folder if own else Path((self._presets | self._unclip_presets).get(name, name))
             for folder in (home, hub.cache_root(), weights.SHIPPED):
                 if folder.name and folder != Path(name):
                     sentence = sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
@@ -456,6 +463,14 @@ def _counts(path: Path) -> dict[str, int]:
 def _too_big(entry: Entry) -> str:
     needed, free = entry.memory / 1e9, (entry.room or 0) / 1e9
     return f"{entry.name} needs {needed:.1f} GB of memory, and {free:.1f} GB are free: close other programs first"
+
+
+def _is_here(preset: str) -> bool:
+    """Whether there are weights of a preset, or in a folder."""
+    try:
+        return bool(weights.find(preset))
+    except ValueError:
+        return False
 
 
 def _has_encoder(files: repos.Listed) -> bool:

@@ -4,15 +4,17 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_demo import engines, weights
+from dalle_demo import engines, shelf, weights
 from dalle_demo.__main__ import main, parser
 from dalle_demo.config import CLIP_PRESET, MAX_SEED, GenerateParams, UnclipParams
 from dalle_demo.images import grid, read_request
@@ -410,6 +412,20 @@ def test_page_refuses_what_is_no_port(arguments, variable):
     )
     assert done.returncode == 2
     assert "--port: must be a whole number from 1 to 65535" in done.stderr
+
+
+def test_the_page_serves_a_dalle_2_model_beside_a_dalle(shipped, tmp_path, monkeypatch, capsys):
+    import app
+
+    shelves, page = [], SimpleNamespace(launch=lambda **_: (None, "http://here", None), block_thread=lambda: None)
+    monkeypatch.setattr("dalle_demo.ui.app.build", lambda shelf: (shelves.append(shelf), (page, {}))[1])
+    monkeypatch.setattr(shelf.Shelf, "models", lambda self: [])  # measures
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    mine = shutil.copytree(shipped / "unclip-nano", tmp_path / "mine")
+    monkeypatch.setattr(sys, "argv", ["app.py", "--weights", str(mine)])
+    app.serve(app.parse_args())
+    assert (shelves[0].home, shelves[0].unclip_home) == ("tiny", "mine")
+    assert capsys.readouterr().out == "mine is served at http://here\n"
 
 
 def run_help(*arguments: str) -> subprocess.CompletedProcess:

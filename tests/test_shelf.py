@@ -85,9 +85,9 @@ def test_the_dalle_2_model_is_loaded_once_by_many(both):
 
 
 def test_a_dalle_2_model_that_is_not_here_is_one_sentence(both, tmp_path, monkeypatch):
-    assert both.has_unclip()
+    assert both.unclips() == ["unclip-nano"]
     monkeypatch.setattr(weights, "SHIPPED", tmp_path)
-    assert not both.has_unclip()
+    assert both.unclips() == []
     with pytest.raises(ShelfError, match="the weights of unclip-nano are not here"):
         both.unclip()
 
@@ -102,6 +102,23 @@ def test_a_damaged_dalle_2_model_is_told_without_folders_and_may_be_mended(both,
     assert str(tmp_path) not in str(caught.value)
     (damaged / "unclip-nano" / "model.safetensors").write_bytes(whole)
     assert both.unclip().name == "unclip-nano"
+
+
+def test_a_given_dalle_2_model_is_everybodys_beside_the_shipped_one(nano_folder, shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    folder = str(shutil.copytree(shipped / "unclip-nano", tmp_path / "mine"))
+    shelf = Shelf(str(nano_folder), load=load, unclip=folder)
+    assert (shelf.home, shelf.unclip_home, shelf.unclips()) == ("tiny", "mine", ["mine", "unclip-nano"])
+    assert shelf.unclip().name == "mine"
+    assert shelf.unclip("unclip-nano").name == "unclip-nano"
+    assert shelf.is_unclip("mine")
+    assert {"mine": folder, "unclip-nano": "unclip-nano"}.items() <= shelf.trainable().items()
+    shelf.adopt_unclip("secret@1", "Secret", shipped / "unclip-nano")
+    former = shelf.unclip()
+    shelf.unclip("secret@1")
+    assert shelf.unclip() is former, "an own model takes the place of another own one only"
+    same = Shelf(str(nano_folder), load=load, unclip=str(shipped / "unclip-nano"))
+    assert same.unclips() == ["unclip-nano"]
 
 
 def test_of_tuned_dalle_2_models_the_last_stays_beside_the_shipped_one(both, shipped):

@@ -18,7 +18,7 @@ import gradio as gr
 
 from dalle_demo.config import ParamError
 from dalle_demo.images import slug
-from dalle_demo.shelf import UNCLIP, Shelf, ShelfError
+from dalle_demo.shelf import Shelf, ShelfError
 from dalle_demo.turns import Engine
 from dalle_demo.ui import train_views as views
 from dalle_demo.ui.models import ModelChoice, language_of
@@ -107,6 +107,7 @@ class TrainTab:
     def _lay_out_advanced(self, t: gr.I18n) -> None:
         bases = list(self.shelf.trainable())
         base = next(iter(bases), None)
+        adaptable = not self.shelf.is_unclip(base)
         methods = [(t("method_lora"), "lora"), (t("method_full"), "full")]
         with gr.Row():
             self.base = gr.Dropdown(bases, value=base, label=t("base"), info=t("base_help"), elem_id="base")
@@ -115,10 +116,10 @@ class TrainTab:
                 value="lora",
                 label=t("method"),
                 info=t("method_help"),
-                visible=base != UNCLIP,
+                visible=adaptable,
                 elem_id="method",
             )
-        with gr.Row(visible=base != UNCLIP) as self.adapters:
+        with gr.Row(visible=adaptable) as self.adapters:
             self.rank = gr.Slider(1, 64, 16, step=1, label=t("rank"), info=t("rank_help"), elem_id="rank")
             self.text_encoder = gr.Checkbox(
                 False, label=t("text_encoder"), info=t("text_encoder_help"), elem_id="text_encoder"
@@ -291,7 +292,7 @@ class TrainTab:
         """Put the visitor's models among those of the other tabs."""
         self._owners[request.session_hash] = owner
         dalles = gr.Dropdown(self.models.choices(request)) if self.own(request) else gr.skip()
-        return dalles, self.unclip.offer(request, UNCLIP) if self.own_unclips(request) else gr.skip()
+        return dalles, self.unclip.offer(request, self.shelf.unclip_home) if self.own_unclips(request) else gr.skip()
 
     def leave(self, request: gr.Request) -> None:
         """Forget a closed page; its jobs go on."""
@@ -513,7 +514,8 @@ class TrainTab:
 
     def fit(self, base: str) -> tuple:
         """Show the controls that a model to start from knows."""
-        return gr.Radio(visible=base != UNCLIP), gr.Row(visible=base != UNCLIP)
+        adaptable = not self.shelf.is_unclip(base)
+        return gr.Radio(visible=adaptable), gr.Row(visible=adaptable)
 
     def prepare(self, request: gr.Request, owner: str, name: str, files: list[str] | None) -> Iterator[dict]:
         """Read what was uploaded; the files themselves are deleted."""
@@ -684,7 +686,8 @@ class TrainTab:
         tuned = self._tuned(request, self.jobs.set_strength(job, float(strength)))
         preset = self.jobs.settings(job)["base"]
         known = next((one for one, at in self.shelf.trainable().items() if at == preset), None)
-        base = known if known in [*self.shelf.names(), UNCLIP] else None  # some are there to be trained only
+        drawn_with = [*self.shelf.names(), *self.shelf.unclips()]  # some are there to be trained only
+        base = known if known in drawn_with else None
         try:
             yield say("drawing_before", language), gr.Row(visible=True), gr.skip(), gr.skip()
             before = self._draw(base, prompt) if base else []

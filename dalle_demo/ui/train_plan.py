@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_demo.shelf import UNCLIP, Shelf, free_memory, memory_limit
+from dalle_demo.shelf import Shelf, free_memory, memory_limit
 from dalle_demo.ui.strings import duration, megabytes, say
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Plans:
     def chosen(self, base: str, method: str, text_encoder: bool, rank: float) -> dict[str, Any]:
         """What of the form makes FinetuneSettings; a DALL-E 2 model knows one method, and has no text encoder."""
         given = {"base": self.preset(base)}
-        return given if base == UNCLIP else given | {"method": method, "text_encoder": text_encoder, "rank": int(rank)}
+        if self.shelf.is_unclip(base):
+            return given
+        return given | {"method": method, "text_encoder": text_encoder, "rank": int(rank)}
 
     def missing(self, job: "Job", consent: bool, measured: "Estimate | str | None") -> str | None:
         """Key of the sentence that says what is missing before a draft can start."""

@@ -115,16 +115,17 @@ class UnclipTab:
         self.shelf = shelf
         self.sources = Sources()
         self.own: Callable[[gr.Request], list[str]] = lambda request: []  # names of the visitor's own models
+        names = shelf.unclips()
         self.model = gr.Dropdown(
-            [UNCLIP],
-            value=UNCLIP,
+            names or [shelf.unclip_home],
+            value=shelf.unclip_home,
             label=t("model"),
-            visible=False,
+            visible=len(names) > 1,
             filterable=False,
             elem_id="unclip_model",
             render=False,
         )
-        if not shelf.has_unclip():
+        if not names:
             gr.Markdown(t("unclip_missing"), elem_id="unclip_missing")
             self.model.render()
             return
@@ -338,10 +339,11 @@ class UnclipTab:
         return {"name": frames.file_name(scene.requests[index], "png"), "url": frames.data_url(data, "png")}
 
     def offer(self, request: gr.Request, name: str) -> gr.Dropdown:
-        """The visitor's models beside the shipped one, to choose from once there are any; `name`, if there is such."""
-        names = [UNCLIP, *self.own(request)]
+        """The visitor's models beside everybody's, to choose from where there are several; `name`, if there is such."""
+        names = [*self.shelf.unclips(), *self.own(request)]
         choices = [(self.shelf.title(one), one) for one in names]
-        return gr.Dropdown(choices, value=name if name in names else UNCLIP, visible=len(names) > 1)
+        value = name if name in names else self.shelf.unclip_home
+        return gr.Dropdown(choices, value=value, visible=len(names) > 1)
 
     def footer(self, request: gr.Request, name: str) -> str:
         """The page's last line, of the model that draws here."""
@@ -427,12 +429,12 @@ class UnclipTab:
 
     def _not_loaded(self, model: str, error: ShelfError, language: str) -> str:
         """Why a model does not draw, without a name that was guessed."""
-        title = self.shelf.title(model) if self.shelf.is_unclip(model) else UNCLIP
+        title = self.shelf.title(model) if self.shelf.is_unclip(model) else self.shelf.unclip_home
         return say("load_failed", language, model=title, reason=error)
 
     def _model_of(self, values: Values) -> str:
         """Name of the model to draw with, which the page may lack."""
-        return str(values.given.get("model") or UNCLIP)
+        return str(values.given.get("model") or self.shelf.unclip_home)
 
 
 def _path_of(upload: Any) -> Path:
