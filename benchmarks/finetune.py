@@ -1,4 +1,4 @@
-"""four small sets of unseen styles -> how much closer fine-tuning brings them, and what it forgets.
+"""five small sets of unseen styles -> how much closer fine-tuning brings them, and what it forgets.
 
 python benchmarks/finetune.py --emoji data/emoji --out runs/finetune
 
@@ -6,10 +6,12 @@ Icons of openly licensed sets are fetched with npm, none of them among those tha
 one the command line is run as a user would. Then the tuned model and its base draw the captions that were trained on,
 and other names; pictures are compared on what no training here uses, features of an EfficientNet-Lite2 and colours.
 The ceiling is what the tokenizer, which stays as it is, makes of the training pictures: no tuned model draws better.
+So only sets whose ceiling is high enough can pass, and are asked to.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,11 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dalle_demo import DalleEngine
 from dalle_demo.data import emoji, pairs, uploads
 from dalle_demo.data.emoji import Source
+from dalle_demo.engines import DalleEngine, Engine, engine_for
 from dalle_demo.evaluation.features import PARTS, Encoder
 from dalle_demo.images import from_pil, grid, to_pil
+from dalle_demo.models.vqgan import VAE, VQGAN
 from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
 from dalle_demo.training.stages import plain_render
@@ -69,6 +72,11 @@ SETS = {
         "icon-park", "1.2.4", "Apache-2.0", "IconPark, ByteDance", "blueprint of {}",
         "airplane apple banana bear book bread cactus cake camera carrot castle cherry duck elephant fish ghost gift "
         "hamburger lamp rocket",
+    ),
+    "coin": _set(
+        "cryptocurrency-color", "1.2.4", "CC0-1.0", "Christopher Downer", "coin of {}",
+        "btc chat chips dash doge dot drop eth fair fuel fun game gold link ltc mana music nano neo pink safe sky trx "
+        "xmr zec",
     ),
     "office": _set(
         "flat-color-icons", "1.2.3", "MIT", "Flat Color Icons, Icons8", "office icon of {}",
@@ -113,32 +121,33 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     features, results = Features(), {}
     references = unrelated_references(options.emoji, features)
-    base = DalleEngine.load(options.base)
+    base = engine_for(options.base).load(options.base)
     unrelated = alignment(draw(base, list(references)), references, features)
     for name in options.sets:
         results[name] = measure(name, options, base, features, references, unrelated)
     summary = {"base": options.base, "flags": options.train, "sets": results}
-    summary["passed"] = all(one["passed"] for one in results.values())
+    summary["passed"] = all(one["passed"] for one in results.values() if one["share_closer_ceiling"] >= SHARE_WANTED)
     (options.out / "finetune.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
 
 
 def measure(
-    name: str, options: argparse.Namespace, base: DalleEngine, features: Features, references: dict, unrelated: float
+    name: str, options: argparse.Namespace, base: Engine, features: Features, references: dict, unrelated: float
 ) -> dict:
     """Figures of one set."""
     chosen, out = SETS[name], options.out / name
     build(chosen, out / "upload", options.packages)
     fresh = not (out / "run" / "settings.json").exists()
-    seconds = train(options.base, out / "upload", out / "run", options.train)
+    seconds, peak = train(options.base, out / "upload", out / "run", options.train)
     data = out / "run" / "data"
     examples = uploads.load(data)
-    sides = uploads.split(examples, FinetuneSettings.read(out / "run").seed)
-    training, held_out = ([examples[i] for i in side] for side in sides)
-    pixels = [uploads.pixels(data, side, base.config.vqgan.image_size) for side in (training, held_out)]
+    side = (base.config.vqgan if isinstance(base, DalleEngine) else base.config.vae).image_size
+    parts = uploads.split(examples, FinetuneSettings.read(out / "run").seed)
+    training, held_out = ([examples[i] for i in part] for part in parts)
+    pixels = [uploads.pixels(data, part, side) for part in (training, held_out)]
     known, targets = map(features, pixels)
     ceiling = apart_each(features(reconstructed(base, pixels[0])).split(1), targets)
-    tuned = DalleEngine.load(str(out / "run" / "weights"))
+    tuned = type(base).load(str(out / "run" / "weights"))
     prompts = [example.caption for example in training]
     before, after = draw(base, prompts), draw(tuned, prompts)
     save_sheet(out / "samples.png", before, after)
@@ -151,6 +160,7 @@ def measure(
         "credit": chosen.source.credit,
         "pictures": [len(training), len(held_out)],
         "seconds": round(seconds),
+        "peak_gib": round(peak, 2),
         "fresh": fresh,  # else the seconds are not those of the whole run
         "validation_loss": [round(line["validation_loss"], 3) for line in read_log(out / "run", "validation_loss")],
         "distance_before_and_after": [round(float(one.mean()), 4) for one in apart],
@@ -176,15 +186,18 @@ def build(chosen: Set, folder: Path, packages: Path | None) -> None:
         (folder / f"{icon}.txt").write_text(caption + "\n")
 
 
-def train(base: str, data: Path, out: Path, flags: list[str]) -> float:
-    """Seconds of a run by the command line; one that was broken off goes on."""
+def train(base: str, data: Path, out: Path, flags: list[str]) -> tuple[float, float]:
+    """Seconds and peak memory in GiB of a run by the command line; one that was broken off goes on."""
     command = [sys.executable, "-m", "dalle_demo", "train", "finetune", "--base", base, "--data", data, "--out", out]
     start = time.monotonic()
-    subprocess.run([*map(str, command), "--resume", *flags], cwd=ROOT, check=True)
-    return time.monotonic() - start
+    run = subprocess.Popen([*map(str, command), "--resume", *flags], cwd=ROOT)
+    _, status, used = os.wait4(run.pid, 0)
+    if status:
+        raise SystemExit(f"{out}: training failed")
+    return time.monotonic() - start, used.ru_maxrss / 2**20
 
 
-def draw(engine: DalleEngine, prompts: list[str]) -> dict[str, Tensor]:
+def draw(engine: Engine, prompts: list[str]) -> dict[str, Tensor]:
     """Pixels (SAMPLES, 3, H, W) of each prompt, at the model's own settings."""
     drawn = {}
     for prompt in prompts:
@@ -199,10 +212,18 @@ def save_sheet(path: Path, before: dict[str, Tensor], after: dict[str, Tensor]) 
     grid(rows, 2 * SAMPLES).save(path)
 
 
+def tokenizer(engine: Engine) -> VQGAN | VAE:
+    """What a DALL-E model has for it, or a DALL-E 2 model in its place."""
+    return engine.model.vqgan if isinstance(engine, DalleEngine) else engine.model.vae
+
+
 @torch.inference_mode()
-def reconstructed(base: DalleEngine, pixels: Tensor) -> Tensor:
+def reconstructed(base: Engine, pixels: Tensor) -> Tensor:
     """What the tokenizer makes of pictures."""
-    return torch.cat([base.model.vqgan(one[None])[0].float() for one in pixels])
+    model, drawn = tokenizer(base), []
+    for one in pixels.split(1):
+        drawn.append(model.decode(model.encode(one)[0]) if isinstance(model, VAE) else model(one)[0])
+    return torch.cat(drawn).float()
 
 
 def apart_each(drawn: Iterable[Tensor], targets: Tensor) -> np.ndarray:

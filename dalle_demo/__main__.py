@@ -257,6 +257,9 @@ def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
     for name, stages in NEEDED.items():
         if stage in stages:
             command.add_argument(f"--{name}", type=Path, required=True, help=f"weights folder with a {name}")
+    if stage == "dalle":
+        command.add_argument("--decoder", type=Path, help="weights folder whose image_decoder is trained on, if any")
+        command.add_argument("--freeze-text", action="store_true", help="leave the text encoder as it is")
     if stage == "words":
         command.add_argument("--words", type=Path, required=True, help="text file with a noun a line, by `data words`")
     default = "unclip-nano" if stage in UNCLIP_STAGES else "nano"
@@ -297,7 +300,9 @@ def run_train(options: argparse.Namespace) -> None:
         "vqgan": lambda workers: stages.VQGANStage(data, config.vqgan, seed),
         "sharpen": lambda workers: stages.SharpenStage(data, config.vqgan, options.vqgan, seed),
         "text": lambda workers: stages.TextStage(data, config.text_encoder, out, workers, seed),
-        "dalle": lambda workers: stages.DalleStage(data, config, options.vqgan, options.text, out, workers, seed),
+        "dalle": lambda workers: stages.DalleStage(
+            data, config, options.vqgan, options.text, out, workers, seed, options.decoder, options.freeze_text
+        ),
         "vae": lambda workers: unclip_stages.VAEStage(data, config.vae, options.vqgan, seed),
         "clip": lambda workers: unclip_stages.CLIPStage(data, config, options.text, seed),
         "words": lambda workers: WordsStage(data, options.clip, options.words, out, workers, seed),

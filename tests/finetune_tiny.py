@@ -15,7 +15,7 @@ SMALL = {
     finetune: {"BATCH": 4, "UNCLIP_BATCH": 4, "CHECKPOINTS": 5},
     finetune_stage: {"RENDERS": 3},
     dalle_finetune_stage: {"KEPT": NAMES},
-    unclip_finetune_stage: {"KEPT": NAMES, "MORE_KEPT": (), "KEPT_EACH": 2},
+    unclip_finetune_stage: {"KEPT": NAMES, "KEPT_EACH": 2},
 }
 
 

@@ -333,6 +333,35 @@ def test_dalle_targets_are_tokens_of_drawings_and_of_scenes(stage_of, tmp_path, 
     assert np.array_equal(tokens[0].numpy(), stage._sample(stages.sample_rng(7, 1), 3)[1])
 
 
+def test_dalle_goes_on_with_a_decoder_and_can_leave_the_text_encoder(data_folder, nano_folder, tmp_path, alone):
+    def make(workers):
+        return stages.DalleStage(
+            data_folder,
+            tiny_config(),
+            nano_folder,
+            nano_folder,
+            tmp_path,
+            workers,
+            decoder=nano_folder,
+            freeze_text=True,
+        )
+
+    before = {part: load_part(nano_folder, part) for part in ("text_encoder", "image_decoder")}
+    begun = make(alone)
+    assert_equal_states(begun.network.image_decoder, before["image_decoder"])
+    train(make, make_plan(3), tmp_path)
+    after = {part: load_part(tmp_path / "weights", part) for part in before}
+    assert_equal_states(after["text_encoder"], before["text_encoder"])
+    assert not torch.equal(after["image_decoder"].lm_head.weight, before["image_decoder"].lm_head.weight)
+
+
+def assert_equal_states(one, other):
+    """Two modules have the same weights."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
 def test_neighbours_differ_by_one_step_in_one_digit():
     levels = (5, 4, 3)
     tokens = np.arange(60)

@@ -90,7 +90,7 @@ def test_training_starts_once_its_estimate_is_known(page, draft):
         start(page, draft)
     *_, after = measure(page, draft)
     assert after[tab.start].interactive
-    assert after[tab.plan] == "About 7 min here, 400 steps, 1.0 GB of memory."
+    assert after[tab.plan] == "About 7 min here, 300 steps, 1.0 GB of memory."
     assert len(measure(page, draft)) == 1, "measured once"
     (other,) = [tab.show_plan(REQUEST, ME, draft.job.id, True, *draft.plan[:-1], 64)]
     assert not other[tab.start].interactive, "other settings are measured anew"

@@ -25,7 +25,7 @@ from dalle_demo.training.finetune_stage import KEPT, FinetuneStage, free_names
 from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb
 from dalle_demo.weights import LARGE, Dalle, find, load_dalle
 
-KEPT_EACH, LARGE_KEPT = 2, 16  # drawings of each name; of all names together for large models
+LARGE_KEPT = 16  # names of which large models draw one picture each
 
 
 class DalleFinetuneStage(FinetuneStage):
@@ -56,7 +56,7 @@ class DalleFinetuneStage(FinetuneStage):
     def names_to_keep(self, examples: list[uploads.Example]) -> list[str]:
         """Prompts of the base's own drawings; large models draw few, since each takes long."""
         names = free_names(examples, KEPT)
-        return names[:LARGE_KEPT] if is_large(self.settings.base) else names * KEPT_EACH
+        return names[:LARGE_KEPT] if is_large(self.settings.base) else names
 
     def _draw_kept(self, rows: range) -> np.ndarray:
         """Tokens (B, N) of what the base draws now for these names."""

@@ -32,13 +32,26 @@ RENDERS = 6  # of each picture
 ZOOM, SHIFT = (0.85, 1.1), 0.08  # of pictures with a white border; a shift of 1 is half a side
 BLEED_ZOOM = (1.0, 1.15)  # of those that reach it
 # Prior preservation (Ruiz et al. 2023): this share of the samples are drawings of the base itself, by those of these
-# names of which no word is in a caption, so that it does not forget what it could draw
+# names of which no word is in a caption, so that it does not forget what it could draw. Trained on 19 badges in 400
+# steps, `nano` lost 11 % of its alignment on other names with two drawings each of the first 40 names; with a drawing
+# of each name and 300 steps it lost 8 %, and came closer to the badges (benchmarks/finetune.py)
 KEPT_SHARE = 0.4
 KEPT = (
     "cat", "bird", "butterfly", "lion", "frog", "whale", "tree", "flower", "sun", "moon", "star", "cloud", "mountain",
     "car", "train", "airplane", "house", "castle", "heart", "robot", "ghost", "smiling face", "woman", "man", "hand",
     "eye", "key", "book", "clock", "shoe", "hat", "cake", "cheese", "egg", "carrot", "grapes", "coffee", "phone",
     "chair", "knife",
+    "apple", "pear", "peach", "cherries", "pineapple", "tomato", "corn", "onion", "broccoli", "avocado", "pancakes",
+    "sandwich", "hamburger", "taco", "popcorn", "cookie", "doughnut", "chocolate bar", "honey", "tea", "beer", "pig",
+    "cow", "sheep", "goat", "rabbit", "bear", "koala", "tiger", "elephant", "giraffe", "monkey", "snake", "turtle",
+    "crocodile", "dolphin", "shark", "octopus", "crab", "snail", "bee", "ant", "spider", "owl", "eagle", "penguin",
+    "duck", "peacock", "parrot", "truck", "ambulance", "taxi", "motorcycle", "helicopter", "ship", "anchor", "door",
+    "bed", "couch", "mirror", "laptop", "camera", "television", "radio", "battery", "scissors", "pencil", "envelope",
+    "package", "newspaper", "drum", "violin", "trumpet", "microphone", "basketball", "tennis", "trophy", "dice",
+    "puzzle", "dress", "t-shirt", "jeans", "scarf", "glasses", "bag", "volcano", "desert", "island", "bridge", "tent",
+    "church", "hospital", "school", "factory", "rain", "lightning", "tornado", "wave", "cactus", "palm", "tulip",
+    "sunflower", "leaf", "baby", "boy", "girl", "fairy", "vampire", "zombie", "alien", "clown", "skull", "bone",
+    "tooth", "brain", "ear", "nose", "mouth", "foot",
 )  # fmt: skip
 SHOWN = 8  # pictures in reconstruction.png
 COMPARED = 64  # pictures that a validation reads at most

@@ -305,16 +305,31 @@ def teach(phrases: list[str]) -> np.ndarray:
 
 
 class DalleStage:
-    """Train text encoder and image decoder together: captions -> image tokens of a finished VQGAN."""
+    """Train the image decoder, and the text encoder along with it: captions -> image tokens of a finished VQGAN.
+
+    Args:
+        decoder: checkpoint folder of the image decoder to go on with, if any.
+        freeze_text: leave the text encoder as it is, with what it knows beyond these captions.
+    """
 
     def __init__(
-        self, data: Path, config: DalleConfig, vqgan: Path, text: Path, out: Path, workers: Workers, seed: int = 0
+        self,
+        data: Path,
+        config: DalleConfig,
+        vqgan: Path,
+        text: Path,
+        out: Path,
+        workers: Workers,
+        seed: int = 0,
+        decoder: Path | None = None,
+        freeze_text: bool = False,
     ):
         self.pairs = pairs_data.load(data)
         training, self.held_out, _ = pairs_data.split(self.pairs)
         self.training = weighted(self.pairs, training)
         self.config, self.seed, self.text_folder = config, seed, text
-        for folder, part in ((vqgan, "vqgan"), (text, "text_encoder")):
+        begun_from = [(vqgan, "vqgan"), (text, "text_encoder"), *([(decoder, "image_decoder")] if decoder else [])]
+        for folder, part in begun_from:
             if stored_config(folder, part) != getattr(config, part):
                 raise ValueError(f"{folder} holds a {part} of other sizes than --preset")
         self.made_from = {
@@ -323,6 +338,8 @@ class DalleStage:
             "--seed": str(seed),
             "--vqgan": stored_hash(vqgan, "vqgan"),
             "--text": stored_hash(text, "text_encoder"),
+            "--decoder": stored_hash(decoder, "image_decoder") if decoder else "",
+            "--freeze-text": str(freeze_text),
         }
         self.vqgan: VQGAN = load_part(vqgan, "vqgan")
         self.tokenizer = load_tokenizer(text)
@@ -330,9 +347,9 @@ class DalleStage:
         cache = out / f"tokens-{digest(self.made_from)}.npy"
         self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, N)
         torch.manual_seed(seed)
-        self.network = DalleObjective(
-            load_part(text, "text_encoder").train().requires_grad_(True), ImageDecoder(config.image_decoder)
-        )
+        begun = load_part(decoder, "image_decoder") if decoder else ImageDecoder(config.image_decoder)
+        text_encoder = load_part(text, "text_encoder").train().requires_grad_(not freeze_text)
+        self.network = DalleObjective(text_encoder, begun.train().requires_grad_(True))
 
     def _tokenise(self, rows: range) -> np.ndarray:
         """Tokens (B, N) of the given drawings as they are."""

@@ -30,21 +30,6 @@ from dalle_demo.training.unclip_stages import PriorObjective, UnclipObjective, g
 from dalle_demo.weights import DRAWING_PARTS, Unclip, load_unclip
 
 KEPT_EACH = 4  # drawings of each name, each from an embedding of its own: they take milliseconds
-# Trained on 20 pictures, drawings of 30 names that are in neither list lost a fifth of their likeness to other drawings
-# of that name with KEPT alone, with these names a tenth (`alignment` of benchmarks/finetune.py)
-MORE_KEPT = (
-    "apple", "pear", "peach", "cherries", "pineapple", "tomato", "corn", "onion", "broccoli", "avocado", "pancakes",
-    "sandwich", "hamburger", "taco", "popcorn", "cookie", "doughnut", "chocolate bar", "honey", "tea", "beer", "pig",
-    "cow", "sheep", "goat", "rabbit", "bear", "koala", "tiger", "elephant", "giraffe", "monkey", "snake", "turtle",
-    "crocodile", "dolphin", "shark", "octopus", "crab", "snail", "bee", "ant", "spider", "owl", "eagle", "penguin",
-    "duck", "peacock", "parrot", "truck", "ambulance", "taxi", "motorcycle", "helicopter", "ship", "anchor", "door",
-    "bed", "couch", "mirror", "laptop", "camera", "television", "radio", "battery", "scissors", "pencil", "envelope",
-    "package", "newspaper", "drum", "violin", "trumpet", "microphone", "basketball", "tennis", "trophy", "dice",
-    "puzzle", "dress", "t-shirt", "jeans", "scarf", "glasses", "bag", "volcano", "desert", "island", "bridge", "tent",
-    "church", "hospital", "school", "factory", "rain", "lightning", "tornado", "wave", "cactus", "palm", "tulip",
-    "sunflower", "leaf", "baby", "boy", "girl", "fairy", "vampire", "zombie", "alien", "clown", "skull", "bone",
-    "tooth", "brain", "ear", "nose", "mouth", "foot",
-)  # fmt: skip
 # Of the discriminator's pull. With 0.8 the likeness to those 20 pictures grew by 0.10 and that to other names fell by
 # 0.13; with 0.3 by 0.14 and by 0.07
 ADVERSARIAL_WEIGHT = 0.3
@@ -88,7 +73,7 @@ class UnclipFinetuneStage(FinetuneStage):
 
     def names_to_keep(self, examples: list[uploads.Example]) -> list[str]:
         """Prompts of the base's own drawings."""
-        return free_names(examples, KEPT + MORE_KEPT) * KEPT_EACH
+        return free_names(examples, KEPT) * KEPT_EACH
 
     def _draw_kept(self, rows: range) -> np.ndarray:
         """Embeddings as the base's prior draws them for these names, latents as its generator does from those.
