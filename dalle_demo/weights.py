@@ -217,7 +217,13 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
         clip: what both were trained with; to be found by its name, or beside `out`, when the model is loaded.
         out: folder to write.
         defaults: settings of UnclipParams that the model is served with.
+
+    Raises:
+        WeightsError: weights are missing or damaged, or were trained with another CLIP.
     """
+    for home in (prior, unclip):
+        if read_config(home).get("clip_part", stored_hash(clip, "clip")) != stored_hash(clip, "clip"):
+            raise WeightsError(f"{home} was trained with another CLIP than {clip}: give the one it was trained with")
     homes = {part: prior if part == "prior" else unclip for part in UNCLIP_PARTS}
     configs = {part: stored_config(home, part) for part, home in homes.items()}
     modules = {part: load_parts(home, [part], "DALL-E 2")[part] for part, home in homes.items()}

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_unclip_config
+from tiny import save_random, tiny_unclip_config
 from train_tiny import BATCH, make_plan
 
+from dalle_demo.checkpoints import WeightsError
 from dalle_demo.engines import UnclipEngine
 from dalle_demo.training import loop, unclip_stages
 from dalle_demo.training.loop import train
@@ -215,3 +216,15 @@ def test_all_stages_together_make_a_model_that_draws(stage_of, shipped, tmp_path
     (last,) = engine.generate(engine.params("a red box", n=3, seed=1))
     assert [picture.size for picture in last.images] == [(32, 32)] * 3
     assert engine.params("a red box").guidance_scale == 2.0
+
+
+@pytest.mark.parametrize("name", ["prior", "unclip"])
+def test_stages_are_not_put_together_with_a_clip_that_they_have_not_seen(stage_of, shipped, tmp_path, name):
+    vae = tmp_path / "vae"
+    train(stage_of("vae", vae), make_plan(1), vae)
+    given = {"vae": vae / "weights"} if name == "unclip" else {}
+    train(stage_of(name, tmp_path / name, **given), make_plan(1), tmp_path / name)
+    other = save_random(tmp_path / "other", {"clip": tiny_unclip_config().clip})
+    with pytest.raises(WeightsError, match=f"{name}/weights was trained with another CLIP"):
+        assemble_unclip(*2 * [tmp_path / name / "weights"], other, tmp_path / "made", {})
+    assert not (tmp_path / "made").exists()

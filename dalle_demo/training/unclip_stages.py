@@ -279,6 +279,7 @@ class EmbeddedViews:
         }
         self.model = load_clip(str(clip))
         self.clip = self.model.clip
+        self.trained_with = {"clip_part": stored_hash(clip, "clip")}  # `train words` changes the other part only
         cache = out.parent / f"embeddings-{digest(self.made_from | {'views': str(VIEWS)})}.npy"
         self.embeddings = shared_cache(cache, len(training), self._embed, workers)  # (P, VIEWS, E)
 
@@ -360,7 +361,7 @@ class PriorStage:
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the prior part."""
-        save_parts(folder, {"prior": self.config.prior}, {"prior": network.prior})
+        save_parts(folder, {"prior": self.config.prior}, {"prior": network.prior}, **self.views.trained_with)
 
 
 def prior_batch(
@@ -442,7 +443,7 @@ class UnclipStage:
         names = ("generator", "noise_encoder", "discriminator")
         parts = {name: getattr(network, name) for name in names} | {"vae": self.vae}
         configs = dict.fromkeys(names, self.config.generator) | {"vae": self.config.vae}
-        save_parts(folder, configs, parts)
+        save_parts(folder, configs, parts, **self.views.trained_with)
 
 
 def generator_batch(
