@@ -204,7 +204,7 @@ def _unclip_nano() -> UnclipConfig:
             channels=32,
             critic_width=96,
         ),
-        defaults={"guidance_scale": 2.0, "truncation": 0.8},
+        defaults={"guidance_scale": 1.5, "truncation": 0.8},
     )
 
 
