@@ -208,12 +208,16 @@ def _unclip_nano() -> UnclipConfig:
     )
 
 
+# Beside the embedded presets: what an independent judge says of their pictures, and of real ones, by
+# benchmarks/quality.py; all figures are in benchmarks/results/
 PRESETS: dict[str, DalleConfig] = {
-    "nano": _nano(),
+    "nano": _nano(),  # top-5 of common names 37 % (76), of concepts held out in a style 29 % (67), AuthPct 99 (44)
     "mini": _dalle_mini(50264, 16384, width=1024, layers=12, heads=16, glu_width=2730),
     "mega": _dalle_mini(50272, 16415, width=2048, layers=24, heads=32, glu_width=4096),
 }
-UNCLIP_PRESETS: dict[str, UnclipConfig] = {"unclip-nano": _unclip_nano()}
+UNCLIP_PRESETS: dict[str, UnclipConfig] = {
+    "unclip-nano": _unclip_nano(),  # 48 % (76), 26 % (67), AuthPct 96 (44)
+}
 CLIP_PRESET = "clip-nano"  # that the prompts of all models are compared by
 
 

@@ -13,6 +13,7 @@ from finetune_runs import checkpoint
 from finetune_tiny import NAMES, SMALL
 from PIL import Image
 from tiny import save_tiny, tiny_config
+from torch import nn
 
 from dalle_demo.__main__ import main
 from dalle_demo.checkpoints import stored_hash
@@ -25,6 +26,7 @@ from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
 from dalle_demo.training.finetune_stage import FinetuneStage, free_names, vary
 from dalle_demo.training.loop import Monitor, Run
+from dalle_demo.training.stages import DalleObjective
 from dalle_demo.training.watch import judge
 from dalle_demo.weights import load_dalle
 
@@ -327,6 +329,29 @@ def test_training_never_sees_held_out_pictures_and_drops_captions(settings, stag
     assert (batch["inputs"] != batch["image_tokens"]).float().mean() > 0.1
     parts = [stage.batch(range(start, start + 2))["inputs"] for start in range(0, 8, 2)]
     assert torch.equal(torch.cat(parts), stage.batch(range(8))["inputs"])
+
+
+def test_of_its_own_drawings_the_base_is_the_target_as_long_as_it_is_there(settings, stage_of):
+    stage = stage_of(settings())
+    batch = stage.batch(range(8))
+    assert set(batch["of_base"].tolist()) == {True, False}
+    pictures, own = (batch | {"of_base": torch.full((8,), of_base)} for of_base in (False, True))
+    weights = {name: p for name, p in stage.network.named_parameters() if name.endswith(".B")}
+
+    def gradients(given: dict) -> torch.Tensor:
+        found = torch.autograd.grad(stage.network(**given)["loss"], weights.values())
+        return torch.cat([one.flatten() for one in found])
+
+    assert gradients(own).abs().max() < 1e-6 < gradients(pictures).abs().max(), "it still is the base"
+    for weight in weights.values():
+        nn.init.normal_(weight, std=0.1)
+    assert gradients(own).abs().max() > 1e-3, "it is drawn back to the base"
+    with torch.no_grad():
+        plain = DalleObjective.forward(stage.network, *(batch[name] for name in ("text_ids", "image_tokens", "inputs")))
+        assert stage.network(**pictures)["loss"].item() == pytest.approx(plain["loss"].item(), rel=1e-5)
+    full = stage_of(settings(method="full")).network
+    with torch.no_grad():
+        assert full(**own)["loss"].item() == pytest.approx(full(**pictures)["loss"].item(), rel=1e-5)
 
 
 def test_few_pictures_are_all_trained_on_and_it_is_said(nano_folder, data, tmp_path, settings):

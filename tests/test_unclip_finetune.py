@@ -154,11 +154,12 @@ def test_training_never_sees_held_out_pictures_and_drops_captions(stage):
     training, held_out = uploads.split(stage.examples)
     assert len(held_out) >= 1
     chosen = list(stage.choose(range(400)))
-    texts = {caption for caption, _, _ in chosen}
+    texts = {caption for caption, *_ in chosen}
     assert texts == {stage.examples[i].caption for i in training} | set(stage.kept) | {""}
     known = np.concatenate([stage.encoded[training].reshape(-1, stage.encoded.shape[-1]), stage.kept_encoded])
-    assert all((known == row).all(1).any() for _, row, _ in chosen[:50])
-    own = [(stage.kept_encoded == row).all(1).any() for _, row, _ in chosen]
+    assert all((known == row).all(1).any() for _, row, *_ in chosen[:50])
+    own = [(stage.kept_encoded == row).all(1).any() for _, row, *_ in chosen]
+    assert own == [of_base for _, _, of_base, _ in chosen]
     assert 0.3 < np.mean(own) < 0.5
     batch = stage.batch(range(400))
     dropped = (batch["prior"]["text"] == 0).all(1).float().mean()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,7 @@ from dalle_demo.hardware import seconds_per_image
 from dalle_demo.images import from_pil
 from dalle_demo.models.packed import is_stored, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.text import PAD
 from dalle_demo.training import lora
 from dalle_demo.training.finetune_stage import KEPT, FinetuneStage, free_names
 from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb
@@ -76,7 +78,7 @@ class DalleFinetuneStage(FinetuneStage):
         return dataclasses.replace(self.base, **parts)
 
     def _make_network(self) -> DalleObjective:
-        network = DalleObjective(self.base.text_encoder, self.base.image_decoder)
+        network = KeepingObjective(self.base.text_encoder, self.base.image_decoder)
         torch.manual_seed(self.settings.seed)
         large = is_stored(network.image_decoder)
         for part in self.settings.parts:
@@ -94,12 +96,9 @@ class DalleFinetuneStage(FinetuneStage):
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
-        captions, tokens, noisy = [], [], []
-        for caption, row, rng in self.choose(samples):
-            captions.append(caption)
-            tokens.append(row)
-            noisy.append(disturb(row, self.config.vqgan, rng))
-        return self._batch(captions, np.stack(tokens), np.stack(noisy))
+        captions, rows, of_base, rngs = zip(*self.choose(samples), strict=True)
+        noisy = [disturb(row, self.config.vqgan, rng) for row, rng in zip(rows, rngs, strict=True)]
+        return self._batch(captions, np.stack(rows), np.stack(noisy)) | {"of_base": torch.tensor(of_base)}
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
         return dalle_batch(self.base.tokenizer.batch(captions, self.config.text_encoder.length), tokens, inputs)
@@ -151,6 +150,30 @@ class DalleFinetuneStage(FinetuneStage):
             modules[part].load_state_dict(lora.merged_state(module), assign=True)
             modules[part].eval().requires_grad_(False)
         return Dalle(self.out.name, "", self.config, self.base.tokenizer, **modules)
+
+
+class KeepingObjective(DalleObjective):
+    """-log P(image tokens | text) of the pictures; for drawings of the base, cross-entropy with what the base expects.
+
+    That says more of the base at every token than the one that it drew (Li & Hoiem 2016). Trained on 19 badges, `nano`
+    lost 8 % of its alignment on other names so, 18 % with the tokens as targets, and came closer to the badges
+    (benchmarks/finetune.py). Without adapters the base is not there to be asked, and the tokens are the targets.
+    """
+
+    def forward(
+        self, text_ids: Tensor, image_tokens: Tensor, inputs: Tensor, of_base: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of one batch; `of_base` (B,) marks drawings of the base."""
+        mask = text_ids != PAD
+        logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), image_tokens, reduction="none").mean(1)
+        if of_base is not None and of_base.any() and lora.has_adapters(self):
+            with torch.no_grad(), lora.left_out(self):
+                ids, mask = text_ids[of_base], mask[of_base]
+                wanted = self.image_decoder(inputs[of_base], self.text_encoder(ids, mask), mask).float().softmax(-1)
+            kept = F.cross_entropy(logits[of_base].transpose(1, 2), wanted.transpose(1, 2), reduction="none").mean(1)
+            losses = losses.masked_scatter(of_base, kept)
+        return {"loss": losses.mean()}
 
 
 def is_large(base: str) -> bool:

@@ -32,9 +32,7 @@ RENDERS = 6  # of each picture
 ZOOM, SHIFT = (0.85, 1.1), 0.08  # of pictures with a white border; a shift of 1 is half a side
 BLEED_ZOOM = (1.0, 1.15)  # of those that reach it
 # Prior preservation (Ruiz et al. 2023): this share of the samples are drawings of the base itself, by those of these
-# names of which no word is in a caption, so that it does not forget what it could draw. Trained on 19 badges in 400
-# steps, `nano` lost 11 % of its alignment on other names with two drawings each of the first 40 names; with a drawing
-# of each name and 300 steps it lost 8 %, and came closer to the badges (benchmarks/finetune.py)
+# names of which no word is in a caption, so that it does not forget what it could draw
 KEPT_SHARE = 0.4
 KEPT = (
     "cat", "bird", "butterfly", "lion", "frog", "whale", "tree", "flower", "sun", "moon", "star", "cloud", "mountain",
@@ -184,15 +182,16 @@ class FinetuneStage(ABC):
             encoded[place] = self._encode(vary(picture, RENDERS, sample_rng(self.settings.seed, i)))
         return encoded
 
-    def choose(self, samples: range) -> Iterator[tuple[str, np.ndarray, np.random.Generator]]:
-        """Caption, empty for some, what is encoded, and the source of randomness of each sample."""
+    def choose(self, samples: range) -> Iterator[tuple[str, np.ndarray, bool, np.random.Generator]]:
+        """Caption, empty for some, what is encoded, whether it is the base's, and the source of randomness of each."""
         for sample, i in zip(samples, shuffled(self.training, self.settings.seed, samples), strict=True):
             rng = sample_rng(self.settings.seed, sample)
             caption, row = self.examples[i].caption, self.encoded[i, rng.integers(RENDERS)]
-            if rng.random() < KEPT_SHARE:
+            of_base = rng.random() < KEPT_SHARE
+            if of_base:
                 kept = rng.integers(len(self.kept))
                 caption, row = self.kept[kept], self.kept_encoded[kept]
-            yield "" if rng.random() < COND_DROP_PROB else caption, row, rng
+            yield "" if rng.random() < COND_DROP_PROB else caption, row, of_base, rng
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Loss of pictures as they are: held out from training, and as many that are trained on."""

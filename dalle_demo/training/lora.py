@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,12 @@ class AdaptedLinear(nn.Linear):
         self.A = nn.Parameter(self.weight.new_empty(rank, inputs))
         self.B = nn.Parameter(self.weight.new_zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.counts = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if not self.counts:
+            return F.linear(x, self.weight)
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.A), self.B)
 
 
@@ -40,6 +44,24 @@ def add(module: nn.Module, rank: int) -> None:
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Linear):
             module.set_submodule(name, AdaptedLinear(child, rank))
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether the base's own weights are there beside what is trained."""
+    return any(isinstance(child, AdaptedLinear) for child in module.modules())
+
+
+@contextmanager
+def left_out(module: nn.Module) -> Iterator[None]:
+    """Let a module with adapters compute as its base does."""
+    found = [child for child in module.modules() if isinstance(child, AdaptedLinear)]
+    for child in found:
+        child.counts = False
+    try:
+        yield
+    finally:
+        for child in found:
+            child.counts = True
 
 
 def adapters(module: nn.Module) -> dict[str, Tensor]:

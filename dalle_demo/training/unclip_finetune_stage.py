@@ -109,7 +109,7 @@ class UnclipFinetuneStage(FinetuneStage):
 
     def batch(self, samples: range) -> dict[str, dict[str, Any]]:
         """What prior and generator are given."""
-        captions, rows, rngs = zip(*self.choose(samples), strict=True)
+        captions, rows, _, rngs = zip(*self.choose(samples), strict=True)
         latents, embeddings = self._split(np.stack(rows))
         text, size = self._texts(captions), self.config.generator.noise_dim
         return {
