@@ -21,7 +21,7 @@ from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
 from dalle_demo.images import grid
 from dalle_demo.training import dalle_finetune_stage, finetune, lora, stages, watch
-from dalle_demo.training.dalle_finetune_stage import DalleFinetuneStage
+from dalle_demo.training.dalle_finetune_stage import DalleFinetuneStage, KeepingObjective
 from dalle_demo.training.export import read_log
 from dalle_demo.training.finetune import FinetuneSettings
 from dalle_demo.training.finetune_stage import FinetuneStage, free_names, vary
@@ -303,7 +303,12 @@ def test_a_signal_during_the_first_previews_ends_it_at_once(settings, tmp_path, 
 
 
 def test_an_error_is_told(settings, tmp_path, data, monkeypatch):
-    monkeypatch.setattr(stages, "token_loss", lambda logits, tokens: logits.sum() * float("nan"))
+    forward = KeepingObjective.forward
+
+    def broken(network, **batch):
+        return {"loss": forward(network, **batch)["loss"] * float("nan")}
+
+    monkeypatch.setattr(KeepingObjective, "forward", broken)
     with pytest.raises(ValueError, match="no longer finite"):
         finetune.finetune(settings(), tmp_path)
     assert state(tmp_path)["state"] == "failed"
