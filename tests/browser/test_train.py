@@ -157,7 +157,7 @@ def read_the_report_and_fix_a_caption(page) -> None:
     expect(report).to_contain_text("9 pictures found, 8 used")
     expect(report).to_contain_text("broken.png is damaged")
     expect(page.locator("#plan")).to_contain_text("About 7 min here, 300 steps, 1.0 GB of memory", timeout=SLOW)
-    expect(page.locator("#effort")).to_contain_text("Thorough: about 13 min")
+    expect(page.locator("#effort")).to_contain_text("Thorough: about 14 min")
     expect(page.locator("#start")).to_be_disabled()
     expect(page.locator("#hint p")).to_have_text("Tick that you may use the pictures.")
     consent, hint, upload = (page.locator(f"#{name}").bounding_box() for name in ("consent", "hint", "upload"))
