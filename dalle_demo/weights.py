@@ -221,8 +221,9 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
     Raises:
         WeightsError: weights are missing or damaged, or were trained with another CLIP.
     """
+    clip_part = stored_hash(clip, "clip")
     for home in (prior, unclip):
-        if read_config(home).get("clip_part", stored_hash(clip, "clip")) != stored_hash(clip, "clip"):
+        if read_config(home).get("clip_part", clip_part) != clip_part:  # folders of older versions do not tell
             raise WeightsError(f"{home} was trained with another CLIP than {clip}: give the one it was trained with")
     homes = {part: prior if part == "prior" else unclip for part in UNCLIP_PARTS}
     configs = {part: stored_config(home, part) for part, home in homes.items()}

@@ -95,7 +95,7 @@ class DalleFinetuneStage(FinetuneStage):
         return network.float()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
-        """Caption ids (B, T), tokens to predict and the noisy tokens to predict them from, both (B, N)."""
+        """What KeepingObjective takes: captions, tokens to predict, the noisy ones to predict them from."""
         captions, rows, of_base, rngs = zip(*self.choose(samples), strict=True)
         noisy = [disturb(row, self.config.vqgan, rng) for row, rng in zip(rows, rngs, strict=True)]
         return self._batch(captions, np.stack(rows), np.stack(noisy)) | {"of_base": torch.tensor(of_base)}

@@ -48,13 +48,13 @@ def add(module: nn.Module, rank: int) -> None:
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether the base's own weights are there beside what is trained."""
-    return any(isinstance(child, AdaptedLinear) for child in module.modules())
+    return bool(_adapted(module))
 
 
 @contextmanager
 def left_out(module: nn.Module) -> Iterator[None]:
     """Let a module with adapters compute as its base does."""
-    found = [child for child in module.modules() if isinstance(child, AdaptedLinear)]
+    found = _adapted(module).values()
     for child in found:
         child.counts = False
     try:
@@ -66,18 +66,23 @@ def left_out(module: nn.Module) -> Iterator[None]:
 
 def adapters(module: nn.Module) -> dict[str, Tensor]:
     """A and B of every adapter, by the name of the weight that they change."""
-    found = {name: child for name, child in module.named_modules() if isinstance(child, AdaptedLinear)}
     return {
-        f"{name}.weight.{factor}": getattr(child, factor).detach() for name, child in found.items() for factor in "AB"
+        f"{name}.weight.{factor}": getattr(child, factor).detach()
+        for name, child in _adapted(module).items()
+        for factor in "AB"
     }
+
+
+def _adapted(module: nn.Module) -> dict[str, AdaptedLinear]:
+    """Projections with an adapter, by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, AdaptedLinear)}
 
 
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
     """State dict of the module as it was before `add`, with each B A added to its W."""
     state = {key: value for key, value in module.state_dict().items() if not key.endswith((".A", ".B"))}
-    for name, child in module.named_modules():
-        if isinstance(child, AdaptedLinear):
-            state[f"{name}.weight"] = (child.weight + child.B @ child.A).detach()
+    for name, child in _adapted(module).items():
+        state[f"{name}.weight"] = (child.weight + child.B @ child.A).detach()
     return state
 
 

@@ -30,8 +30,8 @@ from dalle_demo.training.unclip_stages import PriorObjective, UnclipObjective, g
 from dalle_demo.weights import DRAWING_PARTS, Unclip, load_unclip
 
 KEPT_EACH = 4  # drawings of each name, each from an embedding of its own: they take milliseconds
-# Of the discriminator's pull. With 0.8 the likeness to those 20 pictures grew by 0.10 and that to other names fell by
-# 0.13; with 0.3 by 0.14 and by 0.07
+# Of the discriminator's pull. With 0.8 the likeness to 20 pictures trained on grew by 0.10 and that to other names
+# fell by 0.13; with 0.3 by 0.14 and by 0.07
 ADVERSARIAL_WEIGHT = 0.3
 TIMES = 16  # points of the prior's path at which a validation looks
 TRIED = 4  # pictures drawn to see how long it takes
