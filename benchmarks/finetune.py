@@ -1,4 +1,4 @@
-"""five small sets of unseen styles -> how much closer fine-tuning brings them, and what it forgets.
+"""six small sets of unseen styles -> how much closer fine-tuning brings them, and what it forgets.
 
 python benchmarks/finetune.py --emoji data/emoji --out runs/finetune
 
@@ -51,6 +51,8 @@ class Set:
     source: Source
     caption: str
     icons: str
+    ink: str = ""  # colour that replaces the icons' own
+    paper: str = ""  # colour behind them
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -58,8 +60,8 @@ class Set:
         return [(icon, self.caption.format(icon.replace("-", " "))) for icon in self.icons.split()]
 
 
-def _set(package: str, version: str, licence: str, credit: str, caption: str, icons: str) -> Set:
-    return Set(Source(f"@iconify-json/{package}", version, licence, credit, "", ""), caption, icons)
+def _set(package: str, version: str, licence: str, credit: str, caption: str, icons: str, **colours: str) -> Set:
+    return Set(Source(f"@iconify-json/{package}", version, licence, credit, "", ""), caption, icons, **colours)
 
 
 SETS = {
@@ -67,6 +69,12 @@ SETS = {
         "game-icons", "1.2.4", "CC-BY-3.0", "game-icons.net contributors", "{} silhouette",
         "badger bat bee beaver butterfly camel cat chicken cow crab deer dolphin duck elephant frog goat hedgehog "
         "kangaroo koala lion monkey mouse octopus owl panda penguin pig rabbit",
+    ),
+    "chalk": _set(
+        "game-icons", "1.2.4", "CC-BY-3.0", "game-icons.net contributors", "chalk drawing of {}",
+        "acorn anvil backpack barrel boots bread broom cactus cherry compass crown dragonfly feather flamingo fox "
+        "grapes helicopter hourglass igloo kite lantern mushroom padlock pumpkin",
+        ink="#f2f0e6", paper="#2b4a3f",
     ),
     "blueprint": _set(
         "icon-park", "1.2.4", "Apache-2.0", "IconPark, ByteDance", "blueprint of {}",
@@ -182,8 +190,19 @@ def build(chosen: Set, folder: Path, packages: Path | None) -> None:
             emoji.fetch(chosen.source, packages)
     folder.mkdir(parents=True, exist_ok=True)
     for icon, caption in chosen.pairs:
-        Image.fromarray(emoji.render((chosen.source, icon, ""), packages)).save(folder / f"{icon}.png")
+        colour(Image.fromarray(emoji.render((chosen.source, icon, ""), packages)), chosen).save(folder / f"{icon}.png")
         (folder / f"{icon}.txt").write_text(caption + "\n")
+
+
+def colour(icon: Image.Image, chosen: Set) -> Image.Image:
+    """An icon in the set's ink, on its paper."""
+    shape = icon.getchannel("A")
+    if chosen.ink:
+        icon = Image.new("RGBA", icon.size, chosen.ink)
+        icon.putalpha(shape)
+    if chosen.paper:
+        icon = Image.alpha_composite(Image.new("RGBA", icon.size, chosen.paper), icon)
+    return icon
 
 
 def train(base: str, data: Path, out: Path, flags: list[str]) -> tuple[float, float]:

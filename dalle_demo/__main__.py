@@ -260,6 +260,9 @@ def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
     if stage == "dalle":
         command.add_argument("--decoder", type=Path, help="weights folder whose image_decoder is trained on, if any")
         command.add_argument("--freeze-text", action="store_true", help="leave the text encoder as it is")
+        command.add_argument(
+            "--words", type=Path, help="text file with a noun a line; some stand for names near to them"
+        )
     if stage == "words":
         command.add_argument("--words", type=Path, required=True, help="text file with a noun a line, by `data words`")
     default = "unclip-nano" if stage in UNCLIP_STAGES else "nano"
@@ -301,7 +304,16 @@ def run_train(options: argparse.Namespace) -> None:
         "sharpen": lambda workers: stages.SharpenStage(data, config.vqgan, options.vqgan, seed),
         "text": lambda workers: stages.TextStage(data, config.text_encoder, out, workers, seed),
         "dalle": lambda workers: stages.DalleStage(
-            data, config, options.vqgan, options.text, out, workers, seed, options.decoder, options.freeze_text
+            data,
+            config,
+            options.vqgan,
+            options.text,
+            out,
+            workers,
+            seed,
+            options.decoder,
+            options.freeze_text,
+            options.words,
         ),
         "vae": lambda workers: unclip_stages.VAEStage(data, config.vae, options.vqgan, seed),
         "clip": lambda workers: unclip_stages.CLIPStage(data, config, options.text, seed),

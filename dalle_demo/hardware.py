@@ -19,6 +19,7 @@ from dalle_demo.config import MAX_IMAGES, DalleConfig, ImageDecoderConfig, TextE
 from dalle_demo.models.packed import PackedLinear, can_pack, is_stored, pack, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN, fold_upsampling
+from dalle_demo.models.winograd import use_winograd
 
 FORMATS = ("float32", "float16", "bfloat16")  # of the Transformer's weights; on a processor float16 computes in fp32
 MEASURED_STEPS = 6
@@ -92,7 +93,10 @@ def place_vqgan(module: nn.Module, form: str, device: torch.device) -> nn.Module
     Its activations overflow fp16.
     """
     fold_upsampling(module.decoder)
-    return module.to(device, pixel_type(form))
+    module.to(device, pixel_type(form))
+    if device.type == "cpu" and form != "bfloat16":
+        use_winograd(module.decoder)
+    return module
 
 
 def pixel_type(form: str) -> torch.dtype:

@@ -19,7 +19,7 @@ from train_tiny import BATCH, make_plan, make_stage
 
 from dalle_demo.checkpoints import load_part, load_tokenizer
 from dalle_demo.engines import DalleEngine
-from dalle_demo.training import loop, stages
+from dalle_demo.training import caches, loop, stages
 from dalle_demo.training.loop import Plan, Workers, make_optimizers, schedule, train, update_ema
 from dalle_demo.training.losses import (
     PerceptualLoss,
@@ -389,10 +389,10 @@ def test_vq_tokens_are_replaced_by_any(stage_of, tmp_path):
 def test_cache_is_computed_once_and_only_kept_whole(tmp_path, alone):
     path = tmp_path / "numbers.npy"
     with pytest.raises(ZeroDivisionError):
-        stages.shared_cache(path, 5, lambda rows: 1 / 0, alone)
+        caches.shared_cache(path, 5, lambda rows: 1 / 0, alone)
     assert not path.exists()
-    first = stages.shared_cache(path, 5, lambda rows: np.array(rows) * 2, alone)
-    again = stages.shared_cache(path, 5, lambda rows: pytest.fail("computed twice"), alone)
+    first = caches.shared_cache(path, 5, lambda rows: np.array(rows) * 2, alone)
+    again = caches.shared_cache(path, 5, lambda rows: pytest.fail("computed twice"), alone)
     assert first.tolist() == again.tolist() == [0, 2, 4, 6, 8]
     assert [file.name for file in tmp_path.iterdir()] == ["numbers.npy"]
 

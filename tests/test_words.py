@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 from train_tiny import make_plan
 
 from dalle_demo.data import words
 from dalle_demo.matching import embed_texts
-from dalle_demo.training import words_stage
+from dalle_demo.training import stages, words_stage
 from dalle_demo.training.loop import train
-from dalle_demo.training.words_stage import WordsStage, nearest_captions
+from dalle_demo.training.teacher import nearest_captions
+from dalle_demo.training.words_stage import WordsStage
 from dalle_demo.weights import load_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,14 +71,32 @@ def test_nouns_come_to_what_their_captions_show_and_captions_stay(stage_of, ship
     """The real teacher knows that scarlet is a red; the clip part, with which a DALL-E 2 model is checked, stays."""
     monkeypatch.setattr(words_stage, "HELD_OUT_PHRASES", 0)
     stage = stage_of(alone)
-    assert "tyrannosaurus" not in stage.nouns  # nothing in the data is like it
+    assert "tyrannosaurus" not in stage.nouns.words  # nothing in the data is like it
     train(stage_of, make_plan(80), tmp_path / "run")
     before, after = load_clip(str(shipped / "clip-nano")), load_clip(str(tmp_path / "run" / "weights"))
     assert after.sha256 == before.sha256
     captions = [f"{style} {colour} box" for style in ("flat", "bold") for colour in ("red", "green", "pink")]
     with torch.inference_mode():
         wanted = torch.stack([stage._between(i, 0) for i in range(len(stage.nouns))])
-        near = [(embed_texts(clip, stage.nouns) * wanted).sum(1).mean() for clip in (before, after)]
+        near = [(embed_texts(clip, stage.nouns.words) * wanted).sum(1).mean() for clip in (before, after)]
         kept = (embed_texts(before, captions) * embed_texts(after, captions)).sum(1)
     assert near[1] > near[0] + 0.3 * (1 - near[0])
     assert kept.min() > 0.9
+
+
+def test_an_image_decoder_learns_nouns_with_drawings_of_names_near_to_them(data_folder, nano_folder, tmp_path, alone):
+    (tmp_path / "nouns.txt").write_text("crimson box\ntyrannosaurus\n", encoding="utf-8")
+
+    def make(words: Path | None) -> stages.DalleStage:
+        return stages.DalleStage(data_folder, tiny_config(), nano_folder, nano_folder, tmp_path, alone, words=words)
+
+    stage = make(tmp_path / "nouns.txt")
+    assert stage.nouns.words == ["crimson box"]
+    drawn = [stage._sample(stages.sample_rng(1, i), 0) for i in range(300)]
+    beside = [tokens for caption, tokens, _ in drawn if "crimson" in caption]
+    assert 20 < len(beside) < 60  # a fifth of those that are no scenes
+    tokens_of = {name: {tuple(stage.tokens[i]) for i in rows} for name, rows in stage.drawings.items()}
+    shown = {name: sum(tuple(tokens) in of for tokens in beside) for name, of in tokens_of.items()}
+    assert sum(shown.values()) >= len(beside)  # drawings as they are
+    assert max(shown, key=shown.get) == "red box"
+    assert make(None).made_from["--words"] == ""

@@ -82,10 +82,16 @@ def caption(row: dict, rng: np.random.Generator) -> str:
     """Draw one caption: name, keywords or the emoji itself; English or Chinese; with or without style words."""
     chinese = rng.random() < 0.2 and bool(row["name_zh"])
     name = _name(row, chinese, rng)
+    if not chinese:
+        return phrase(name, row["style"], rng)
+    return f"{row['style_zh']}风格的{name}" if rng.random() < 0.5 else name
+
+
+def phrase(name: str, style: str, rng: np.random.Generator) -> str:
+    """Draw one English caption of what is named, with or without style words."""
     if rng.random() < 0.5:
-        styled = _pick(STYLE_TEMPLATES, rng).format(style=row["style"], name=name)
-        return f"{row['style_zh']}风格的{name}" if chinese else styled
-    return name if chinese else _pick(TEMPLATES, rng).format(name)
+        return _pick(STYLE_TEMPLATES, rng).format(style=style, name=name)
+    return _pick(TEMPLATES, rng).format(name)
 
 
 def _name(row: dict, chinese: bool, rng: np.random.Generator) -> str:

@@ -81,6 +81,10 @@ class SelfAttention(nn.Module):
         """Queries, keys and values (3, B, nh, S, hd)."""
         return self.qkv(self.norm_in(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
+    def project_rows(self, x: Tensor, rows: int) -> Tensor:
+        """Queries, keys and values (rows, 3, nh, 1, hd) of the first rows of (B, 1, D)."""
+        return self.qkv(self.norm_in(x)).narrow(0, 0, rows).view(rows, 3, self.heads, 1, -1)
+
     def join(self, attended: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         return self.norm_out(self.out(attended))

@@ -44,6 +44,8 @@ class StoredEmbedding(Stored, nn.Embedding):
 class PackedLinear(nn.Module):
     """nn.Linear without bias, with weights in fp16."""
 
+    least_rows = 3  # of a product whose rows have the bits that they have in larger ones
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.float(), None)

@@ -68,30 +68,41 @@ class TextEncoder(nn.Module):
 
 
 # In products of a multiple of four rows, a row has the same bits however many there are (measured with MKL, oneDNN and
-# FBGEMM); one to three rows take other code paths. So a step fills its batch up, and a picture does not depend on n.
+# FBGEMM); fewer take other code paths, but three of FBGEMM's do not. So a step fills its batch up, and a picture does
+# not depend on n.
 ROWS = 4
 
 
-def fill_up(rows: Tensor) -> Tensor:
-    """(B, 1, D) -> (B', 1, D): rows of zeros up to a multiple of ROWS."""
-    missing = -len(rows) % ROWS
+def fill_up(rows: Tensor, least: int = ROWS) -> Tensor:
+    """(B, 1, D) -> (B', 1, D): rows of zeros up to `least`, and beyond it to a multiple of ROWS."""
+    missing = least - len(rows) if len(rows) <= least else -len(rows) % ROWS
     return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 class KVCache:
-    """Keys and values of one batch in flight, of each layer: self (2, B, nh, N, hd), allocated once, and text."""
+    """Keys and values of one batch in flight, of each layer: self (B, 2, nh, N, hd), allocated once, and text.
 
-    def __init__(self, text: list[Tensor], text_mask: Tensor, length: int):
-        self.text = text
+    A step has some three hundred operations, and calling one costs microseconds: views that stay are made here, once.
+    """
+
+    def __init__(self, text: list[Tensor], text_mask: Tensor, length: int, least: int = ROWS):
+        self.text = [layer.unbind() for layer in text]
         _, self.batch, heads, _, width = text[0].shape
-        self.layers = [layer.new_empty(2, self.batch, heads, length, width) for layer in text]
+        self.layers = [layer.new_empty(self.batch, 2, heads, length, width) for layer in text]
         self.text_bias = torch.zeros_like(text_mask, dtype=text[0].dtype).masked_fill(~text_mask, -torch.inf)
         self.text_bias = self.text_bias[:, None, None]  # (B, 1, 1, T)
+        self._filled = fill_up(text[0].new_zeros(self.batch, 1, heads * width), least)
+        self._attended = self._filled[: self.batch].unflatten(-1, (heads, width)).transpose(1, 2)  # (B, nh, 1, hd)
 
-    def append(self, layer: int, position: int, keys_and_values: Tensor) -> Tensor:
-        """Store those (2, B, nh, 1, hd) of this position; return those of all positions up to it."""
-        self.layers[layer][:, :, :, position] = keys_and_values[:, :, :, 0]
-        return self.layers[layer][:, :, :, : position + 1]
+    def append(self, layer: int, position: int, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store those (B, 2, nh, 1, hd) of this position; return keys and values of all positions up to it."""
+        self.layers[layer].narrow(3, position, 1).copy_(keys_and_values)
+        return self.layers[layer].narrow(3, 0, position + 1).unbind(1)
+
+    def fill_up(self, attended: Tensor) -> Tensor:
+        """Outputs of attention (B, nh, 1, hd) with heads joined and rows filled up: (B', 1, D), until the next call."""
+        self._attended.copy_(attended)
+        return self._filled
 
 
 class DecoderLayer(nn.Module):
@@ -111,12 +122,12 @@ class DecoderLayer(nn.Module):
 
     def step(self, x: Tensor, cache: KVCache, layer: int, position: int) -> Tensor:
         """One position, given the cache: (B', 1, D) -> (B', 1, D); only the first B rows are attended to."""
-        qkv = self.self_attention.project(x)[:, : cache.batch]
-        attended = attend(qkv[0], *cache.append(layer, position, qkv[1:]))
-        x = x + self.self_attention.join(fill_up(attended))
+        qkv = self.self_attention.project_rows(x, cache.batch)
+        k, v = cache.append(layer, position, qkv[:, 1:])
+        x = x + self.self_attention.join(cache.fill_up(F.scaled_dot_product_attention(qkv[:, 0], k, v)))
         q = self.cross_attention.project(x)[: cache.batch]
-        attended = attend(q, *cache.text[layer], attn_mask=cache.text_bias)
-        x = x + self.cross_attention.join(fill_up(attended))
+        attended = F.scaled_dot_product_attention(q, *cache.text[layer], attn_mask=cache.text_bias)
+        x = x + self.cross_attention.join(cache.fill_up(attended))
         return x + self.feed_forward(x)
 
 
@@ -133,6 +144,11 @@ class ImageDecoder(nn.Module):
         self.norm_final = nn.LayerNorm(config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.apply(init_weights)
+
+    @property
+    def least_rows(self) -> int:
+        """Fewest rows of a product that have the bits which more have."""
+        return getattr(self.lm_head, "least_rows", ROWS)
 
     def forward(
         self,
@@ -152,12 +168,12 @@ class ImageDecoder(nn.Module):
         """Compute what every step needs of the prompts, once each, and allocate a cache of B = P x copies rows."""
         text = [layer.cross_attention.project_text(text_states) for layer in self.layers]
         rows = [part.repeat_interleave(copies, 1) for part in text]
-        return KVCache(rows, text_mask.repeat_interleave(copies, 0), self.length)
+        return KVCache(rows, text_mask.repeat_interleave(copies, 0), self.length, self.least_rows)
 
     def step(self, image_tokens: Int[Tensor, " B"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
         """Logits at `position`, whose input is `image_tokens`: BOS at 0, then the token of position - 1."""
         x = self.embed_tokens(image_tokens) + self.embed_positions.weight[position]
-        x = fill_up(self.norm_embedding(x)[:, None])
+        x = fill_up(self.norm_embedding(x)[:, None], self.least_rows)
         for i, layer in enumerate(self.layers):
             x = layer.step(x, cache, i, position)
         return self.lm_head(self.norm_final(x[:, 0]))[: cache.batch]

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from dalle_demo.checkpoints import stored_hash
 from dalle_demo.data import pairs, uploads
 from dalle_demo.images import from_pil, grid, to_pil
+from dalle_demo.training.caches import digest, shared_cache
 from dalle_demo.training.export import overall, read_log
 from dalle_demo.training.loop import Plan, Workers
-from dalle_demo.training.stages import COND_DROP_PROB, digest, sample_rng, shared_cache, shuffled
+from dalle_demo.training.stages import COND_DROP_PROB, sample_rng, shuffled
 from dalle_demo.turns import Engine
 from dalle_demo.weights import Dalle, Unclip, find
 

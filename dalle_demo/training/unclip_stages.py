@@ -29,6 +29,7 @@ from dalle_demo.models.transformer import TextEncoder
 from dalle_demo.models.unclip import Generator, NoiseEncoder, Prior
 from dalle_demo.models.vqgan import VAE
 from dalle_demo.text import PAD
+from dalle_demo.training.caches import digest, shared_cache
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import (
     adaptive_weight,
@@ -45,12 +46,10 @@ from dalle_demo.training.stages import (
     VALIDATION_BATCH,
     ReconstructionObjective,
     VQGANStage,
-    digest,
     plain_render,
     psnr,
     resize,
     sample_rng,
-    shared_cache,
     shuffled,
     some_renders,
     style_captions,

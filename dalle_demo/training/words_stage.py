@@ -18,23 +18,14 @@ from dalle_demo.checkpoints import save_parts, stored_hash
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.scenes import Scenes
 from dalle_demo.matching import embed_many, embed_texts
+from dalle_demo.training.caches import digest, shared_cache
 from dalle_demo.training.loop import Workers
 from dalle_demo.training.losses import distillation_loss
-from dalle_demo.training.stages import (
-    HELD_OUT_PHRASES,
-    digest,
-    sample_rng,
-    shared_cache,
-    shuffled,
-    style_captions,
-    teach,
-    weighted,
-)
+from dalle_demo.training.stages import HELD_OUT_PHRASES, sample_rng, shuffled, style_captions, weighted
+from dalle_demo.training.teacher import Nouns
 from dalle_demo.training.unclip_stages import CLIPObjective, View
 from dalle_demo.weights import load_clip
 
-NEIGHBOURS, SHARPNESS = 8, 20.0  # of a noun among the captions; the weight of one is exp(sharpness x cosine)
-NEAR = 0.45  # least cosine of a noun to its nearest caption: others name what this model has never seen anything like
 WORD_SHARE = 0.5  # of samples; the others are captions, of drawings and of scenes
 CHUNK = 256
 
@@ -46,39 +37,29 @@ class WordsStage:
         self.pairs, self.seed, self.clip_folder = pairs_data.load(data), seed, clip
         training, self.held_out, _ = pairs_data.split(self.pairs)
         self.training, self.scenes = weighted(self.pairs, training), Scenes(self.pairs, training)
-        nouns = words.read_text(encoding="utf-8").splitlines()
+        rows = [self.pairs.rows[i] for i in training]
+        captions = sorted({text for row in rows for text in (row["name"], *row["keywords"])})
+        self.nouns = Nouns(words, captions, out, workers)
         self.made_from = {
             "--data": self.pairs.fingerprint,
             "--seed": str(seed),
-            "--words": digest({"nouns": "\n".join(nouns)}),
+            "--words": self.nouns.fingerprint,
             "--clip": f"{stored_hash(clip, 'text_encoder')} {stored_hash(clip, 'clip')}",
         }
         self.model = load_clip(str(clip))
-        rows = [self.pairs.rows[i] for i in training]
-        self.captions = sorted({text for row in rows for text in (row["name"], *row["keywords"])})
         styles = sorted({row["style"] for row in rows})
         self.forms = [*dict.fromkeys(pairs_data.TEMPLATES), *(f"{style} {{}}" for style in styles)]
-        name = digest(self.made_from)
-        known = shared_cache(out / f"captions-{name}.npy", len(self.captions), self._teach(self.captions), workers)
-        vectors = shared_cache(out / f"nouns-{name}.npy", len(nouns), self._teach(nouns), workers)
-        places, weights = nearest_captions(torch.from_numpy(vectors), torch.from_numpy(known))
-        near = np.flatnonzero(~torch.isnan(weights[:, 0]).numpy())
-        self.nouns, self.places, self.weights = [nouns[i] for i in near], places[near], weights[near]
-        forms = out / f"forms-{name}.npy"
-        self.embedded = shared_cache(forms, len(self.captions), self._embed_forms, workers)  # (C, forms, E)
-        aside = np.random.default_rng(seed).random(len(near)) < HELD_OUT_PHRASES
+        forms = out / f"forms-{digest(self.made_from)}.npy"
+        self.embedded = shared_cache(forms, len(captions), self._embed_forms, workers)  # (C, forms, E)
+        aside = np.random.default_rng(seed).random(len(self.nouns)) < HELD_OUT_PHRASES
         self.trained, self.kept_aside = np.flatnonzero(~aside), np.flatnonzero(aside)
         text_encoder = copy.deepcopy(self.model.text_encoder).train().requires_grad_(True)
         self.network = WordsObjective(CLIPObjective(text_encoder, self.model.clip))
 
-    @staticmethod
-    def _teach(phrases: list[str]):
-        return lambda rows: teach([phrases[i] for i in rows])
-
     @torch.inference_mode()
     def _embed_forms(self, rows: range) -> np.ndarray:
         """CLIP's embeddings (B, forms, E) of captions in each of the forms."""
-        texts = [form.format(self.captions[i]) for i in rows for form in self.forms]
+        texts = [form.format(self.nouns.captions[i]) for i in rows for form in self.forms]
         return embed_many(self.model, texts).unflatten(0, (len(rows), -1)).half().numpy()
 
     def batch(self, samples: range) -> dict[str, Tensor]:
@@ -90,7 +71,7 @@ class WordsStage:
             rng = sample_rng(self.seed, sample)
             if rng.random() < WORD_SHARE:
                 form = int(rng.integers(len(self.forms)))
-                texts.append(self.forms[form].format(self.nouns[nouns[i]]))
+                texts.append(self.forms[form].format(self.nouns.words[nouns[i]]))
                 targets[i] = self._between(nouns[i], form)
             else:
                 texts.append(View.draw(self.scenes, captions[i], rng).caption(self.pairs, rng))
@@ -101,8 +82,8 @@ class WordsStage:
 
     def _between(self, noun: int, form: int) -> Float[Tensor, " E"]:
         """What lies between the captions nearest to a noun."""
-        near = torch.from_numpy(self.embedded[self.places[noun], form]).float()
-        return F.normalize(self.weights[noun] @ near, dim=0)
+        near = torch.from_numpy(self.embedded[self.nouns.places[noun], form]).float()
+        return F.normalize(self.nouns.shares[noun] @ near, dim=0)
 
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> Float[Tensor, "B E"]:
@@ -118,7 +99,7 @@ class WordsStage:
         figures = {"validation_scenes": self._kept(network, scenes)}
         if len(self.kept_aside):
             wanted = torch.stack([self._between(i, 0) for i in self.kept_aside])
-            ours = network.clip.encode_text(self._ids([self.nouns[i] for i in self.kept_aside]))
+            ours = network.clip.encode_text(self._ids([self.nouns.words[i] for i in self.kept_aside]))
             figures["validation_nouns"] = (ours * wanted).sum(1).mean().item()
         if len(self.held_out):
             figures["validation_captions"] = self._kept(network, style_captions(self.pairs, self.held_out))
@@ -146,16 +127,3 @@ class WordsObjective(nn.Module):
     def forward(self, text_ids: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses of one batch."""
         return {"loss": distillation_loss(self.clip.encode_text(text_ids), target)}
-
-
-def nearest_captions(
-    nouns: Float[Tensor, "W V"], captions: Float[Tensor, "C V"]
-) -> tuple[Tensor, Float[Tensor, "W K"]]:
-    """Places (W, K) of the captions whose unit vectors are nearest to each noun's, and their shares; nan: not near."""
-    places, weights = [], []
-    for chunk in nouns.split(CHUNK):
-        near, place = (chunk @ captions.T).topk(min(NEIGHBOURS, len(captions)), dim=1)
-        share = torch.softmax(SHARPNESS * near, dim=1)
-        weights.append(share.masked_fill(near[:, :1] < NEAR, torch.nan))
-        places.append(place)
-    return torch.cat(places), torch.cat(weights)
