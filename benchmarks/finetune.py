@@ -5,8 +5,7 @@ python benchmarks/finetune.py --emoji data/emoji --out runs/finetune
 Icons of openly licensed sets are fetched with npm, none of them among those that nano was trained on. On each
 one the command line is run as a user would. Then the tuned model and its base draw the captions that were trained on,
 and other names; pictures are compared on what no training here uses, features of an EfficientNet-Lite2 and colours.
-The ceiling is what the tokenizer, which stays as it is, makes of the training pictures: no tuned model draws better.
-So only sets whose ceiling is high enough can pass, and are asked to.
+The ceiling is what the tuned tokenizer makes of the training pictures, of which only the decoder is trained.
 """
 
 import argparse
@@ -134,7 +133,7 @@ def main() -> None:
     for name in options.sets:
         results[name] = measure(name, options, base, features, references, unrelated)
     summary = {"base": options.base, "flags": options.train, "sets": results}
-    summary["passed"] = all(one["passed"] for one in results.values() if one["share_closer_ceiling"] >= SHARE_WANTED)
+    summary["passed"] = [name for name, one in results.items() if one["passed"]]
     (options.out / "finetune.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
 
@@ -154,8 +153,8 @@ def measure(
     training, held_out = ([examples[i] for i in part] for part in parts)
     pixels = [uploads.pixels(data, part, side) for part in (training, held_out)]
     known, targets = map(features, pixels)
-    ceiling = apart_each(features(reconstructed(base, pixels[0])).split(1), targets)
     tuned = type(base).load(str(out / "run" / "weights"))
+    ceiling = apart_each(features(reconstructed(tuned, pixels[0])).split(1), targets)
     prompts = [example.caption for example in training]
     before, after = draw(base, prompts), draw(tuned, prompts)
     save_sheet(out / "samples.png", before, after)
@@ -237,9 +236,9 @@ def tokenizer(engine: Engine) -> VQGAN | VAE:
 
 
 @torch.inference_mode()
-def reconstructed(base: Engine, pixels: Tensor) -> Tensor:
+def reconstructed(engine: Engine, pixels: Tensor) -> Tensor:
     """What the tokenizer makes of pictures."""
-    model, drawn = tokenizer(base), []
+    model, drawn = tokenizer(engine), []
     for one in pixels.split(1):
         drawn.append(model.decode(model.encode(one)[0]) if isinstance(model, VAE) else model(one)[0])
     return torch.cat(drawn).float()

@@ -52,7 +52,7 @@ def tuned_folder(nano_folder, tmp_path) -> Path:
     folder = tmp_path / "tuned"
     configs = {part: getattr(CONFIG, part) for part in PARTS}
     save_tensors(folder, configs, states, nano_folder / "tokenizer.json", defaults=CONFIG.defaults)
-    lora.save(folder, parts)
+    lora.save(folder, parts, {})
     return folder
 
 

@@ -1,4 +1,8 @@
-"""prepared folder -> tokens, batches and losses of the DALL-E engine: adapters, or all weights, of its Transformers."""
+"""prepared folder -> tokens, batches and losses of the DALL-E engine.
+
+Trained are adapters, or all weights, of its Transformers, and the VQGAN's decoder at fixed tokens, which learns how
+edges and colours of the pictures look.
+"""
 
 import copy
 import dataclasses
@@ -21,17 +25,19 @@ from dalle_demo.hardware import seconds_per_image
 from dalle_demo.images import from_pil
 from dalle_demo.models.packed import is_stored, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
+from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import PAD
 from dalle_demo.training import lora
-from dalle_demo.training.finetune_stage import KEPT, FinetuneStage, free_names
-from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb
+from dalle_demo.training.finetune_stage import KEPT, KEPT_SHARE, FinetuneStage, free_names
+from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb, sample_rng
 from dalle_demo.weights import LARGE, Dalle, find, load_dalle
 
 LARGE_KEPT = 16  # names of which large models draw one picture each
+PIXELS_EVERY = 2  # samples, one comes with a picture for the VQGAN's decoder
 
 
 class DalleFinetuneStage(FinetuneStage):
-    """Train a DALL-E model to write the tokens of the pictures; the VQGAN stays as it is."""
+    """Train a DALL-E model to write the tokens of the pictures, and a small one to draw them from their tokens."""
 
     parts, encoding, unit = tuple(PARTS), "tokens", "nats a token"
 
@@ -78,9 +84,11 @@ class DalleFinetuneStage(FinetuneStage):
         return dataclasses.replace(self.base, **parts)
 
     def _make_network(self) -> DalleObjective:
-        network = KeepingObjective(self.base.text_encoder, self.base.image_decoder)
+        large = is_stored(self.base.image_decoder)
+        network = KeepingObjective(
+            self.base.text_encoder, self.base.image_decoder, None if large else self._pixel_decoder()
+        )
         torch.manual_seed(self.settings.seed)
-        large = is_stored(network.image_decoder)
         for part in self.settings.parts:
             module = getattr(network, part)
             read(module)
@@ -94,11 +102,45 @@ class DalleFinetuneStage(FinetuneStage):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         return network.float()
 
+    @torch.no_grad()
+    def _pixel_decoder(self) -> VQGAN:
+        """The base's VQGAN with a decoder to train, and what that is to draw from the tokens: renders and drawings."""
+        shape = (*self.encoded.shape[:2], 3, self.image_size, self.image_size)
+        self.pixels_of = torch.zeros(shape, dtype=torch.uint8)
+        for i in self.training:
+            self.pixels_of[i] = ((self.renders(i) + 1) * 127.5).round()
+        latents = self._latents(self.kept_encoded)
+        self.kept_pixels = torch.cat([self.base.vqgan.decode(one) for one in latents.split(1)])
+        vqgan = copy.deepcopy(self.base.vqgan).requires_grad_(False)
+        for module in (vqgan.post_quant_conv, vqgan.decoder):
+            module.requires_grad_(True)
+        return vqgan
+
+    def _latents(self, tokens: np.ndarray) -> Float[Tensor, "B C h w"]:
+        grid = self.config.vqgan.grid
+        return self.base.vqgan.lookup(torch.from_numpy(tokens).long().view(-1, grid, grid)).float()
+
     def batch(self, samples: range) -> dict[str, Tensor]:
-        """What KeepingObjective takes: captions, tokens to predict, the noisy ones to predict them from."""
+        """What KeepingObjective takes: captions, tokens to predict, the noisy ones to predict them from, pictures."""
         captions, rows, of_base, rngs = zip(*self.choose(samples), strict=True)
         noisy = [disturb(row, self.config.vqgan, rng) for row, rng in zip(rows, rngs, strict=True)]
-        return self._batch(captions, np.stack(rows), np.stack(noisy)) | {"of_base": torch.tensor(of_base)}
+        batch = self._batch(captions, np.stack(rows), np.stack(noisy)) | {"of_base": torch.tensor(of_base)}
+        return batch | (self._pictures(samples) if self.network.vqgan else {})
+
+    def _pictures(self, samples: range) -> dict[str, Tensor]:
+        """Latents (B, C, h, w) and pixels (B, 3, H, W) of renders, and of drawings of the base as it decodes them."""
+        tokens, pixels = [], []
+        for sample in samples[::PIXELS_EVERY]:
+            rng = sample_rng(self.settings.seed + 1, sample)
+            if rng.random() < KEPT_SHARE:
+                kept = rng.integers(len(self.kept))
+                tokens.append(self.kept_encoded[kept])
+                pixels.append(self.kept_pixels[kept])
+            else:
+                place = rng.choice(self.training), rng.integers(self.encoded.shape[1])
+                tokens.append(self.encoded[place])
+                pixels.append(self.pixels_of[place] / 127.5 - 1)
+        return {"latents": self._latents(np.stack(tokens)), "pixels": torch.stack(pixels)}
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
         return dalle_batch(self.base.tokenizer.batch(captions, self.config.text_encoder.length), tokens, inputs)
@@ -118,9 +160,15 @@ class DalleFinetuneStage(FinetuneStage):
         states = {part: StoredPart(self.folder / "model.safetensors", part) for part in PARTS}
         for part, module in parts.items():
             states[part] = {key: value.half() for key, value in lora.merged_state(module).items()}
+        changes = {}
+        if network.vqgan:
+            states["vqgan"] = {key: value.half() for key, value in network.vqgan.state_dict().items()}
+            base = self.base.vqgan.state_dict()
+            trained = (name for name, p in self.network.vqgan.named_parameters() if p.requires_grad)
+            changes = {f"vqgan.{name}": network.vqgan.get_parameter(name) - base[name] for name in trained}
         configs = {part: getattr(self.config, part) for part in PARTS}
         if self.settings.method == "lora":
-            lora.save(folder, parts)
+            lora.save(folder, parts, changes)
         save_tensors(folder, configs, states, self.folder / "tokenizer.json", defaults=self.config.defaults)
 
     def engine(self, network: nn.Module) -> DalleEngine:
@@ -135,11 +183,13 @@ class DalleFinetuneStage(FinetuneStage):
     def trained(self) -> str:
         """Method, and the parts that it is done to."""
         size = f"LoRA of rank {self.settings.rank}" if self.settings.method == "lora" else "all weights"
-        return f"{size} of {' and '.join(self.settings.parts)}"
+        decoder = ", and the VQGAN's decoder" if self.network.vqgan else ""
+        return f"{size} of {' and '.join(self.settings.parts)}{decoder}"
 
     def model(self, network: nn.Module) -> Dalle:
         """What would be exported, for an engine to take apart."""
-        modules = {"vqgan": copy.deepcopy(self.base.vqgan)}
+        vqgan = copy.deepcopy(network.vqgan or self.base.vqgan)
+        modules = {"vqgan": vqgan.eval().requires_grad_(False)}
         for part, kind in (("text_encoder", TextEncoder), ("image_decoder", ImageDecoder)):
             module = getattr(network, part)
             if part not in self.settings.parts:
@@ -158,12 +208,24 @@ class KeepingObjective(DalleObjective):
     That says more of the base at every token than the one that it drew (Li & Hoiem 2016). Trained on 19 badges, `nano`
     lost 8 % of its alignment on other names so, 18 % with the tokens as targets, and came closer to the badges
     (benchmarks/finetune.py). Without adapters the base is not there to be asked, and the tokens are the targets.
+
+    Beside it, where there is a VQGAN, the distance (L1) of what its decoder draws to the pictures.
     """
 
+    def __init__(self, text_encoder: TextEncoder, image_decoder: ImageDecoder, vqgan: VQGAN | None = None):
+        super().__init__(text_encoder, image_decoder)
+        self.vqgan = vqgan
+
     def forward(
-        self, text_ids: Tensor, image_tokens: Tensor, inputs: Tensor, of_base: Tensor | None = None
+        self,
+        text_ids: Tensor,
+        image_tokens: Tensor,
+        inputs: Tensor,
+        of_base: Tensor | None = None,
+        latents: Tensor | None = None,
+        pixels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of one batch; `of_base` (B,) marks drawings of the base."""
+        """Losses of one batch; `of_base` (B,) marks drawings of the base, `pixels` are to be drawn from `latents`."""
         mask = text_ids != PAD
         logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask).float()
         losses = F.cross_entropy(logits.transpose(1, 2), image_tokens, reduction="none").mean(1)
@@ -173,7 +235,10 @@ class KeepingObjective(DalleObjective):
                 wanted = self.image_decoder(inputs[of_base], self.text_encoder(ids, mask), mask).float().softmax(-1)
             kept = F.cross_entropy(logits[of_base].transpose(1, 2), wanted.transpose(1, 2), reduction="none").mean(1)
             losses = losses.masked_scatter(of_base, kept)
-        return {"loss": losses.mean()}
+        if pixels is None:
+            return {"loss": losses.mean()}
+        apart = F.l1_loss(self.vqgan.decode(latents), pixels)
+        return {"loss": losses.mean() + apart, "pixels": apart}
 
 
 def is_large(base: str) -> bool:

@@ -57,7 +57,7 @@ COMPARED = 64  # pictures that a validation reads at most
 
 
 class FinetuneStage(ABC):
-    """Train a finished model on a prepared folder; what turns latents or tokens into pixels stays as it is."""
+    """Train a finished model on a prepared folder; what turns pixels into latents or tokens stays as it is."""
 
     parts: ClassVar[tuple[str, ...]]  # of the base's checkpoint folder
     encoding: ClassVar[str]  # what pictures are turned into, one of DOINGS in watch.py
@@ -108,7 +108,7 @@ class FinetuneStage(ABC):
 
     @abstractmethod
     def rebuild(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """The best that training can reach: pictures encoded and decoded again."""
+        """Pictures encoded and decoded again, by the base."""
 
     @abstractmethod
     def _encode(self, renders: Float[Tensor, "R 3 H W"]) -> np.ndarray:
@@ -179,9 +179,13 @@ class FinetuneStage(ABC):
         encoded = np.empty((len(rows), RENDERS, *blank.shape[1:]), blank.dtype)
         for place, i in enumerate(rows):
             self.tell(self.encoding, place, len(rows))
-            (picture,) = uploads.pictures(self.out / "data", [self.examples[i]], self.image_size)
-            encoded[place] = self._encode(vary(picture, RENDERS, sample_rng(self.settings.seed, i)))
+            encoded[place] = self._encode(self.renders(i))
         return encoded
+
+    def renders(self, i: int) -> Float[Tensor, "R 3 H W"]:
+        """What is encoded of a picture."""
+        (picture,) = uploads.pictures(self.out / "data", [self.examples[i]], self.image_size)
+        return vary(picture, RENDERS, sample_rng(self.settings.seed, i))
 
     def choose(self, samples: range) -> Iterator[tuple[str, np.ndarray, bool, np.random.Generator]]:
         """Caption, empty for some, what is encoded, whether it is the base's, and the source of randomness of each."""

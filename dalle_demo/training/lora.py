@@ -86,14 +86,17 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save(folder: Path, parts: Mapping[str, nn.Module]) -> None:
-    """Write the adapters of these parts beside the weights that they were merged into."""
+def save(folder: Path, parts: Mapping[str, nn.Module], changes: Mapping[str, Tensor]) -> None:
+    """Write the adapters of these parts, and the changes of other weights, beside what they were merged into."""
     tensors = {f"{part}.{key}": value for part, module in parts.items() for key, value in adapters(module).items()}
+    tensors |= {f"{name}.D": change.half() for name, change in changes.items()}
     save_adapters(folder / FILE, tensors)
 
 
 def scale(model: Dalle, folder: Path, strength: float) -> Dalle:
     """Set a model loaded from `folder`, in place, to W + (strength - 1) B A: 0 is its base, 1 as it was trained.
+
+    Weights that were trained without adapters are set to W + (strength - 1) D.
 
     At 0, weights are those of the base but for the rounding of what is stored. Call it before an engine has the model.
     Returns the model under another hash, since what it draws is not what the folder draws.
@@ -109,11 +112,16 @@ def scale(model: Dalle, folder: Path, strength: float) -> Dalle:
     for name in sorted({key.rsplit(".", 1)[0] for key in tensors}):
         part, path = name.removesuffix(".weight").split(".", 1)
         try:
-            module, factors = getattr(model, part), (tensors[f"{name}.A"], tensors[f"{name}.B"] * (strength - 1))
+            module = getattr(model, part)
+            if (change := tensors.get(f"{name}.D")) is not None:
+                weight = module.get_parameter(name.split(".", 1)[1])
+                weight.data = torch.add(weight.float(), change, alpha=strength - 1).to(weight.dtype)
+                continue
+            factors = tensors[f"{name}.A"], tensors[f"{name}.B"] * (strength - 1)
             linear = module.get_submodule(path)
             if (factors[1].shape[0], factors[0].shape[1]) != linear.weight.shape:
                 raise ValueError(f"of shape {tuple(linear.weight.shape)}")
-        except (AttributeError, KeyError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
             raise WeightsError(f"{folder / FILE}: {name} does not fit {model.name}: {error}") from error
         if isinstance(linear, StoredLinear):  # stays in its file
             module.set_submodule(path, StoredLinear(partial(_shifted, linear, *factors)))
