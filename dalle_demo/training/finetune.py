@@ -31,7 +31,7 @@ from dalle_demo.training.unclip_finetune_stage import UnclipFinetuneStage
 from dalle_demo.training.watch import Watch, previews_of, write_json
 from dalle_demo.weights import find, is_unclip
 
-# Steps. A LoRA step of nano takes 0.4 s of 2 cores, so these take about 1, 3 and 10 minutes with previews
+# Steps. A LoRA step of nano takes 0.6 s of 2 cores, so these take about 2, 4 and 14 minutes with previews
 EFFORTS = {"try": 100, "balanced": 300, "thorough": 1200}
 LEARNING_RATES = {"lora": 5e-4, "full": 2e-4}
 BATCH, LARGE_BATCH = 16, 4  # pictures a step, of small and of large decoders
