@@ -108,7 +108,7 @@ class DalleFinetuneStage(FinetuneStage):
         shape = (*self.encoded.shape[:2], 3, self.image_size, self.image_size)
         self.pixels_of = torch.zeros(shape, dtype=torch.uint8)
         for i in self.training:
-            self.pixels_of[i] = ((self.renders(i) + 1) * 127.5).round()
+            self.pixels_of[i] = ((self.renders(i) + 1) * 127.5).round().clamp(0, 255)
         latents = self._latents(self.kept_encoded)
         self.kept_pixels = torch.cat([self.base.vqgan.decode(one) for one in latents.split(1)])
         vqgan = copy.deepcopy(self.base.vqgan).requires_grad_(False)
