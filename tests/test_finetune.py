@@ -566,3 +566,16 @@ def test_overfitting_is_put_in_words(losses, copies, key):
     assert "{" not in str(notice)
     if key == "by_heart":
         assert "step 10, 3 checkpoints ago" in str(notice)
+
+
+@pytest.mark.parametrize("lacking", ["a weight", "the optimizers"])
+def test_a_run_of_an_older_version_is_refused_in_words(settings, tmp_path, lacking):
+    finetune.finetune(settings(steps=1), tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if lacking == "a weight":
+        del saved["network"]["vqgan.post_quant_conv.weight"]
+    else:
+        del saved["optimizers"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="older version"):
+        finetune.finetune(settings(steps=2), tmp_path, resume=True)

@@ -261,7 +261,8 @@ class Run:
         """
         state = torch.load(self.out / "checkpoint.pt", weights_only=True)
         check_same(self.out, state["made_from"], self.stage.made_from)
-        if "optimizers" not in state:
+        lacking = self.stage.network.state_dict().keys() - self.frozen.keys() - state["network"].keys()
+        if lacking or "optimizers" not in state:
             raise ValueError(f"{self.out} was made by an older version and cannot go on; choose another --out")
         self.stage.network.load_state_dict(self.frozen | state["network"])
         self.ema.load_state_dict(self.frozen | state["ema"])
