@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import save_tiny, tiny_config
 from torch import nn
 
+from dalle_demo import engines, hardware
 from dalle_demo.__main__ import main
 from dalle_demo.checkpoints import stored_hash
 from dalle_demo.data import uploads
@@ -515,6 +516,12 @@ def test_an_estimate_is_measured(settings, data):
 
 
 # what is told
+
+
+def test_a_run_draws_in_the_format_that_it_drew_in_before_whatever_is_faster_now(settings, stage_of, monkeypatch):
+    stage = stage_of(settings())
+    monkeypatch.setattr(engines, "fastest_format", lambda *_: pytest.fail("measured"))
+    assert stage.engine(stage.network).format == hardware.formats(torch.device("cpu"))[0]
 
 
 def test_previews_name_the_nearest_training_picture(settings, stage_of, monkeypatch):

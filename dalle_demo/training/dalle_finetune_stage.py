@@ -21,7 +21,7 @@ from dalle_demo.checkpoints import StoredPart, save_tensors
 from dalle_demo.config import PARTS
 from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
-from dalle_demo.hardware import seconds_per_image
+from dalle_demo.hardware import formats, seconds_per_image
 from dalle_demo.images import from_pil
 from dalle_demo.models.packed import is_stored, read
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
@@ -172,8 +172,9 @@ class DalleFinetuneStage(FinetuneStage):
         save_tensors(folder, configs, states, self.folder / "tokenizer.json", defaults=self.config.defaults)
 
     def engine(self, network: nn.Module) -> DalleEngine:
-        """Engine in the format that is fastest here."""
-        return DalleEngine(self.model(network), threads=torch.get_num_threads(), device="cpu")
+        """Engine in the format preferred here, not in a measured one: a run that goes on must draw as it did before."""
+        form = formats(torch.device("cpu"))[0]
+        return DalleEngine(self.model(network), threads=torch.get_num_threads(), form=form, device="cpu")
 
     def seconds_per_picture(self, engine: DalleEngine) -> float:
         """Estimated, for one takes long."""

@@ -13,11 +13,11 @@ SPREAD = 0.2  # root mean square of an update in units of the learning rate: Ada
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), in fp32 and with the work shared between the processes.
+    """Momentum, orthogonalised (Jordan et al. 2024), with the work shared between the processes.
 
-    A step changes all directions of a matrix by about the same amount. `torch.optim.Muon` multiplies in bf16, which
-    most processors emulate, and repeats the work in every process. A matrix whose longer side is a multiple of the
-    shorter is orthogonalised in square blocks, so that all blocks of one size are multiplied as one batch; where a
+    A step changes all directions of a matrix by about the same amount. `torch.optim.Muon` always multiplies in bf16,
+    which most processors emulate, and repeats the work in every process. A matrix whose longer side is a multiple of
+    the shorter is orthogonalised in square blocks, so that all blocks of one size are multiplied as one batch; where a
     fused projection has the width of its input, as in `nano`, its parts are whole blocks.
     """
 
@@ -85,6 +85,7 @@ def polar(blocks: Tensor) -> Tensor:
     """U V^T of the singular value decompositions U S V^T, about.
 
     Singular values end up between 0.4 and 1.6, but for those under a thousandth of the Frobenius norm, which stay less.
+    Under autocast it multiplies in its type: the polynomials forgive bf16.
     """
     tall = blocks.shape[-2] > blocks.shape[-1]
     x = blocks.mT if tall else blocks
@@ -92,4 +93,4 @@ def polar(blocks: Tensor) -> Tensor:
     for a, b, c in QUINTICS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(blocks.dtype)
