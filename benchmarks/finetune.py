@@ -5,7 +5,8 @@ python benchmarks/finetune.py --emoji data/emoji --out runs/finetune
 Icons of openly licensed sets are fetched with npm, none of them among those that nano was trained on. On each
 one the command line is run as a user would. Then the tuned model and its base draw the captions that were trained on,
 and other names; pictures are compared on what no training here uses, features of an EfficientNet-Lite2 and colours.
-The ceiling is what the tuned tokenizer makes of the training pictures, of which only the decoder is trained.
+Beside the figures stands what the tuned tokenizer makes of the training pictures (of nano's, only the decoder is
+trained). That is no strict ceiling: distances are means over all pairs, so drawings can be nearer.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""data set -> dalle_demo/data/held_out.json: which concepts, and which styles of concepts, no training sees.
+"""data set -> dalle_demo/data/held_out.json: which concepts, styles of concepts and words no training sees.
 
     python benchmarks/split.py --data data/emoji
 
 Drawn by the hash of names, so that it does not depend on what is in the data set besides. A concept leaves with all
-its styles, and persons with all their genders and ages.
+its styles, and persons with all their genders and ages. The words are the synonyms of prompts.py.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from prompts import SYNONYMS
 
 from dalle_demo.data import pairs
 
@@ -39,7 +41,8 @@ def main() -> None:
     concepts = sorted({row["hex"] for row in rows if chance(concept(row["name"])) < CONCEPT_SHARE})
     keys = {f"{row['hex']}/{row['style']}" for row in rows if row["hex"] not in concepts}
     styles = sorted(key for key in keys if chance(key) < STYLE_SHARE)
-    pairs.HELD_OUT.write_text(json.dumps({"concepts": concepts, "styles": styles}, indent=0) + "\n")
+    words = sorted(word for word in SYNONYMS if word.isascii())
+    pairs.HELD_OUT.write_text(json.dumps({"concepts": concepts, "styles": styles, "words": words}, indent=0) + "\n")
     names = {row["hex"]: row["name"] for row in rows}
     print(f"{len(concepts)} concepts ({', '.join(names[code] for code in concepts)}) and {len(styles)} drawings")
 

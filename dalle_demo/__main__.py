@@ -334,7 +334,7 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
     command.add_argument("--effort", choices=["try", "balanced", "thorough"], help="how long (default: balanced)")
     method = "small matrices or all weights (default: lora; full for DALL-E 2, which has no other)"
     command.add_argument("--method", choices=["lora", "full"], help=method)
-    command.add_argument("--rank", type=int, help="width of the small matrices (default: 16)")
+    command.add_argument("--rank", type=int, help="width of the small matrices of --method lora (default: 16)")
     command.add_argument("--steps", type=int, help="instead of those of --effort")
     command.add_argument("--learning-rate", type=float, help="default: that of --method")
     command.add_argument("--text-encoder", action="store_true", default=None, help="train the text encoder, too")

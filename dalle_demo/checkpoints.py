@@ -58,7 +58,10 @@ def load_parts(folder: Path, parts: Iterable[str], kind: str, large: float = mat
     meta = read_config(folder)
     missing = [part for part in parts if part not in meta["parts"]]
     if missing:
-        raise WeightsError(f"{folder / 'config.json'} describes no {missing[0]}; it is not a complete {kind} model")
+        raise WeightsError(
+            f"{folder / 'config.json'} describes no {missing[0]}, only {', '.join(meta['parts']) or 'nothing'}; "
+            f"it is not a complete {kind} model"
+        )
     _check_parts(folder / "model.safetensors", meta)
     return {part: _build(folder, part, meta, large) for part in parts}
 

@@ -119,6 +119,7 @@ class Shelf:
         self._load_unclip = load_unclip
         given = [load_unclip(unclip)] if unclip else []
         self._unclips = {engine.name: engine for engine in given}  # that are loaded
+        self.unclip_given = unclip is not None  # the page opens with it then
         self.unclip_home = given[0].name if given else UNCLIP
         others = {name: name for name in UNCLIP_PRESETS if name != self.unclip_home}
         self._unclip_presets = {self.unclip_home: unclip or UNCLIP} | others

@@ -575,14 +575,18 @@ def test_overfitting_is_put_in_words(losses, copies, key):
         assert "step 10, 3 checkpoints ago" in str(notice)
 
 
-@pytest.mark.parametrize("lacking", ["a weight", "the optimizers"])
-def test_a_run_of_an_older_version_is_refused_in_words(settings, tmp_path, lacking):
+@pytest.mark.parametrize("other", ["lacks a weight", "has one more", "lacks the optimizers", "knew fewer settings"])
+def test_a_run_of_another_version_is_refused_in_words(settings, tmp_path, other):
     finetune.finetune(settings(steps=1), tmp_path)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    if lacking == "a weight":
+    if other == "lacks a weight":
         del saved["network"]["vqgan.post_quant_conv.weight"]
-    else:
+    elif other == "has one more":
+        saved["network"]["vqgan.mask"] = torch.zeros(1)
+    elif other == "lacks the optimizers":
         del saved["optimizers"]
+    else:
+        saved["made_from"].popitem()
     torch.save(saved, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="older version"):
+    with pytest.raises(ValueError, match="another version"):
         finetune.finetune(settings(steps=2), tmp_path, resume=True)

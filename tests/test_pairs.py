@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_demo.data import pairs
-from dalle_demo.data.pairs import BACKGROUNDS, HELD_OUT, Pairs, all_captions, caption, load, render, split
+from dalle_demo.data.pairs import BACKGROUNDS, HELD_OUT, Pairs, all_captions, caption, load, render, split, unseen_words
 
 ROW = {
     "hex": "1F34E",
@@ -97,6 +97,13 @@ def test_split_follows_from_emoji_and_style_alone():
 def test_a_held_out_concept_leaves_in_all_its_styles():
     rows = [ROW | {"hex": code, "style": style} for code in HELD_OUT_LISTS["concepts"] for style in ("flat", "new")]
     assert len(split(of_rows(rows)).concepts) == len(rows) > 0
+
+
+def test_names_of_held_out_concepts_and_what_benchmarks_ask_for_are_not_told_in_words():
+    hidden, seen = ({"hex": HELD_OUT_LISTS["concepts"][0], "name": "dodo"}, {"hex": "1F300", "name": "cyclone"})
+    words = unseen_words(of_rows([ROW | hidden, ROW | seen]))
+    assert {"dodo", "pooch", "motorcar"} <= words
+    assert "cyclone" not in words
 
 
 def test_a_concept_held_out_in_one_style_is_seen_in_others():

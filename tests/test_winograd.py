@@ -38,6 +38,16 @@ def test_block_computes_the_same_in_strips_of_any_size(monkeypatch, tiles, heigh
     assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
+@pytest.mark.parametrize(("mean", "spread"), [(10, 1e-3), (30, 1e-2), (100, 1)])
+def test_maps_that_are_nearly_flat_are_normed_as_exactly(mean, spread):
+    block = make_block(128)
+    x = mean + spread * torch.randn(1, 128, 64, 64)
+    plain = block.double()(x.double())
+    block.float()
+    theirs, ours = ((result - plain).abs().max() for result in (block(x), WinogradBlock(block)(x.clone())))
+    assert ours < 4 * theirs + 1e-5 * plain.abs().max()
+
+
 def test_a_picture_has_the_same_bits_in_every_batch():
     block, x = WinogradBlock(make_block(16)), torch.randn(3, 16, 8, 8)
     together = block(x.clone())
@@ -55,6 +65,7 @@ def test_the_finest_levels_of_a_wide_decoder_are_replaced_and_draw_the_same():
     kinds = [[type(block) for block in level.block] for level in placed.decoder.up]
     assert kinds == [[WinogradBlock] * 2] + [[ResnetBlock] * 2] * 3
     assert (placed.decode(latents) - plain).abs().max() < 1e-4 * plain.abs().max()
+    assert torch.equal(hardware.place_vqgan(placed, "float32", CPU).decode(latents), placed.decode(latents))
 
 
 def test_bf16_is_left_to_the_library():

@@ -84,8 +84,11 @@ def test_nouns_come_to_what_their_captions_show_and_captions_stay(stage_of, ship
     assert kept.min() > 0.9
 
 
-def test_an_image_decoder_learns_nouns_with_drawings_of_names_near_to_them(data_folder, nano_folder, tmp_path, alone):
-    (tmp_path / "nouns.txt").write_text("crimson box\ntyrannosaurus\n", encoding="utf-8")
+def test_an_image_decoder_learns_nouns_with_drawings_of_names_near_to_them(
+    data_folder, nano_folder, tmp_path, alone, monkeypatch
+):
+    (tmp_path / "nouns.txt").write_text("crimson box\nruby box\ntyrannosaurus\n", encoding="utf-8")
+    monkeypatch.setattr(stages.pairs_data, "unseen_words", lambda pairs: {"ruby box"})
 
     def make(words: Path | None) -> stages.DalleStage:
         return stages.DalleStage(data_folder, tiny_config(), nano_folder, nano_folder, tmp_path, alone, words=words)

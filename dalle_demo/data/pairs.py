@@ -78,6 +78,12 @@ def split(pairs: Pairs) -> Split:
     return Split(np.flatnonzero(~unknown & ~other), np.flatnonzero(other & ~unknown), np.flatnonzero(unknown))
 
 
+def unseen_words(pairs: Pairs) -> set[str]:
+    """What no training may be told in words: names of held-out concepts, and words that benchmarks ask for."""
+    held_out = json.loads(HELD_OUT.read_text())
+    return {*held_out["words"], *(row["name"] for row in pairs.rows if row["hex"] in held_out["concepts"])}
+
+
 def caption(row: dict, rng: np.random.Generator) -> str:
     """Draw one caption: name, keywords or the emoji itself; English or Chinese; with or without style words."""
     chinese = rng.random() < 0.2 and bool(row["name_zh"])

@@ -7,13 +7,13 @@ edges and colours of the pictures look.
 import copy
 import dataclasses
 import math
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +33,8 @@ from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb, sam
 from dalle_demo.weights import LARGE, Dalle, find, load_dalle
 
 LARGE_KEPT = 16  # names of which large models draw one picture each
-PIXELS_EVERY = 2  # samples, one comes with a picture for the VQGAN's decoder
+PIXELS_EVERY = 2  # samples of a process, one comes with a picture for the VQGAN's decoder
+PICTURES_IN_MEMORY = 256  # whose renders are kept, 0.3 MB each at 128 pixels
 
 
 class DalleFinetuneStage(FinetuneStage):
@@ -68,8 +69,8 @@ class DalleFinetuneStage(FinetuneStage):
 
     def _draw_kept(self, rows: range) -> np.ndarray:
         """Tokens (B, N) of what the base draws now for these names."""
-        # Small models in the same format at each run, not in the one that is fastest just now, for the same weights
-        form = None if is_stored(self.base.image_decoder) else "float32"
+        # In the same format at each run, not in the one that is fastest just now, for the same weights
+        form = formats(torch.device("cpu"))[0] if is_stored(self.base.image_decoder) else "float32"
         engine = DalleEngine(self._copy_of_base(), threads=torch.get_num_threads(), form=form, device="cpu")
         tokens = np.empty((len(rows), self.config.vqgan.tokens), np.int32)
         for place, i in enumerate(rows):
@@ -105,16 +106,17 @@ class DalleFinetuneStage(FinetuneStage):
     @torch.no_grad()
     def _pixel_decoder(self) -> VQGAN:
         """The base's VQGAN with a decoder to train, and what that is to draw from the tokens: renders and drawings."""
-        shape = (*self.encoded.shape[:2], 3, self.image_size, self.image_size)
-        self.pixels_of = torch.zeros(shape, dtype=torch.uint8)
-        for i in self.training:
-            self.pixels_of[i] = ((self.renders(i) + 1) * 127.5).round().clamp(0, 255)
+        self._pixels_of = lru_cache(PICTURES_IN_MEMORY)(self._levels_of)
         latents = self._latents(self.kept_encoded)
         self.kept_pixels = torch.cat([self.base.vqgan.decode(one) for one in latents.split(1)])
         vqgan = copy.deepcopy(self.base.vqgan).requires_grad_(False)
         for module in (vqgan.post_quant_conv, vqgan.decoder):
             module.requires_grad_(True)
         return vqgan
+
+    def _levels_of(self, i: int) -> UInt8[Tensor, "R 3 H W"]:
+        """Renders of a picture, a byte a channel."""
+        return ((self.renders(i) + 1) * 127.5).round().clamp(0, 255).byte()
 
     def _latents(self, tokens: np.ndarray) -> Float[Tensor, "B C h w"]:
         grid = self.config.vqgan.grid
@@ -137,9 +139,9 @@ class DalleFinetuneStage(FinetuneStage):
                 tokens.append(self.kept_encoded[kept])
                 pixels.append(self.kept_pixels[kept])
             else:
-                place = rng.choice(self.training), rng.integers(self.encoded.shape[1])
-                tokens.append(self.encoded[place])
-                pixels.append(self.pixels_of[place] / 127.5 - 1)
+                i, render = int(rng.choice(self.training)), rng.integers(self.encoded.shape[1])
+                tokens.append(self.encoded[i, render])
+                pixels.append(self._pixels_of(i)[render] / 127.5 - 1)
         return {"latents": self._latents(np.stack(tokens)), "pixels": torch.stack(pixels)}
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
@@ -162,10 +164,11 @@ class DalleFinetuneStage(FinetuneStage):
             states[part] = {key: value.half() for key, value in lora.merged_state(module).items()}
         changes = {}
         if network.vqgan:
-            states["vqgan"] = {key: value.half() for key, value in network.vqgan.state_dict().items()}
             base = self.base.vqgan.state_dict()
-            trained = (name for name, p in self.network.vqgan.named_parameters() if p.requires_grad)
-            changes = {f"vqgan.{name}": network.vqgan.get_parameter(name) - base[name] for name in trained}
+            trained = [name for name, p in self.network.vqgan.named_parameters() if p.requires_grad]
+            tuned = {name: network.vqgan.get_parameter(name).detach() for name in trained}
+            states["vqgan"] = dict(states["vqgan"]) | {name: weight.half() for name, weight in tuned.items()}
+            changes = {f"vqgan.{name}": weight - base[name] for name, weight in tuned.items()}
         configs = {part: getattr(self.config, part) for part in PARTS}
         if self.settings.method == "lora":
             lora.save(folder, parts, changes)
@@ -236,10 +239,11 @@ class KeepingObjective(DalleObjective):
                 wanted = self.image_decoder(inputs[of_base], self.text_encoder(ids, mask), mask).float().softmax(-1)
             kept = F.cross_entropy(logits[of_base].transpose(1, 2), wanted.transpose(1, 2), reduction="none").mean(1)
             losses = losses.masked_scatter(of_base, kept)
+        token_loss = losses.mean()
         if pixels is None:
-            return {"loss": losses.mean()}
+            return {"loss": token_loss}
         apart = F.l1_loss(self.vqgan.decode(latents), pixels)
-        return {"loss": losses.mean() + apart, "pixels": apart}
+        return {"loss": token_loss + apart, "token_loss": token_loss, "pixels": apart}
 
 
 def is_large(base: str) -> bool:

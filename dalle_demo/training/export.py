@@ -52,7 +52,8 @@ def _captions(run: Path) -> str:
 
 def _losses(run: Path) -> str:
     table = io.StringIO()
-    names = ["step", "seconds", "loss", "learning_rate", "images_per_second", "validation_loss", "seen_loss"]
+    names = ["step", "seconds", "loss", "token_loss", "pixels", "learning_rate", "images_per_second"]
+    names += ["validation_loss", "seen_loss"]
     writer = csv.DictWriter(table, names, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(read_log(run))

@@ -265,10 +265,10 @@ class Run:
         Raises ValueError when the run was made from other data, sizes or seed than it is to go on with.
         """
         state = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        holds = (state["made_from"].keys(), state["network"].keys(), len(state.get("optimizers", ())))
+        if holds != (self.stage.made_from.keys(), self._trained(self.stage.network).keys(), len(self.optimizers)):
+            raise ValueError(f"{self.out} was made by another version and cannot go on; choose another --out")
         check_same(self.out, state["made_from"], self.stage.made_from)
-        lacking = self.stage.network.state_dict().keys() - self.frozen.keys() - state["network"].keys()
-        if lacking or "optimizers" not in state:
-            raise ValueError(f"{self.out} was made by an older version and cannot go on; choose another --out")
         self.stage.network.load_state_dict(self.frozen | state["network"])
         self.ema.load_state_dict(self.frozen | state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -343,12 +343,13 @@ class DalleStage:
             "--freeze-text": str(freeze_text),
         }
         self.drawings = drawings_by_name(self.pairs, training)
-        self.nouns = Nouns(words, sorted(self.drawings), out, workers) if words else None
+        unseen = pairs_data.unseen_words(self.pairs)
+        self.nouns = Nouns(words, sorted(self.drawings), unseen, out, workers) if words else None
         self.made_from["--words"] = self.nouns.fingerprint if words else ""
         self.vqgan: VQGAN = load_part(vqgan, "vqgan")
         self.tokenizer = load_tokenizer(text)
         self.scenes = Scenes(self.pairs, self.training)
-        cache = out / f"tokens-{digest(self.made_from)}.npy"
+        cache = out / f"tokens-{digest({name: self.made_from[name] for name in ('--data', '--vqgan')})}.npy"
         self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, N)
         torch.manual_seed(seed)
         begun = load_part(decoder, "image_decoder") if decoder else ImageDecoder(config.image_decoder)

@@ -17,14 +17,20 @@ CHUNK = 256
 
 
 class Nouns:
-    """Nouns of a file, one a line, that captions are near to; with places (K,) and shares (K,) of these captions."""
+    """Nouns of a file, one a line, that captions are near to; with places (K,) and shares (K,) of these captions.
 
-    def __init__(self, path: Path, captions: list[str], out: Path, workers: Workers):
-        nouns = path.read_text(encoding="utf-8").splitlines()
+    Those that no training may see are left out.
+    """
+
+    def __init__(self, path: Path, captions: list[str], unseen: set[str], out: Path, workers: Workers):
+        nouns = [noun for noun in path.read_text(encoding="utf-8").splitlines() if noun not in unseen]
         self.captions = captions
-        self.fingerprint = digest({"nouns": "\n".join(nouns), "captions": "\n".join(captions)})
-        known = shared_cache(out / f"captions-{self.fingerprint}.npy", len(captions), _taught(captions), workers)
-        vectors = shared_cache(out / f"nouns-{self.fingerprint}.npy", len(nouns), _taught(nouns), workers)
+        origins = [digest({"phrases": "\n".join(phrases)}) for phrases in (nouns, captions)]
+        self.fingerprint = " ".join(origins)
+        vectors, known = (
+            shared_cache(out / f"taught-{origin}.npy", len(phrases), _taught(phrases), workers)
+            for origin, phrases in zip(origins, (nouns, captions), strict=True)
+        )
         places, shares = nearest_captions(torch.from_numpy(vectors), torch.from_numpy(known))
         near = np.flatnonzero(~torch.isnan(shares[:, 0]).numpy())
         self.words, self.places, self.shares = [nouns[i] for i in near], places[near], shares[near]

@@ -39,7 +39,7 @@ class WordsStage:
         self.training, self.scenes = weighted(self.pairs, training), Scenes(self.pairs, training)
         rows = [self.pairs.rows[i] for i in training]
         captions = sorted({text for row in rows for text in (row["name"], *row["keywords"])})
-        self.nouns = Nouns(words, captions, out, workers)
+        self.nouns = Nouns(words, captions, pairs_data.unseen_words(self.pairs), out, workers)
         self.made_from = {
             "--data": self.pairs.fingerprint,
             "--seed": str(seed),

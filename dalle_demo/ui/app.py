@@ -45,7 +45,7 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         # Outside the tabs, which are not there before they are opened. Its `secret` is fixed, so that what the browser
         # keeps can be read after the server was started again.
         owner = gr.BrowserState("", storage_key="dalle_demo_owner", secret="dalle_demo")
-        with gr.Tabs(selected="generate", elem_id="tabs") as tabs:
+        with gr.Tabs(selected="unclip" if shelf.unclip_given else "generate", elem_id="tabs") as tabs:
             with gr.Tab(i18n("tab_generate"), id="generate") as first:
                 tab = GenerateTab(shelf, i18n, page)
             with gr.Tab(i18n("tab_unclip"), id="unclip") as second:

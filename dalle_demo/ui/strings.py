@@ -443,7 +443,7 @@ SENTENCES = {
         "has learned them by heart. More pictures or fewer steps help; step {best} is kept.",
         "watch_nothing_held_out": "There are too few different pictures to hold any out, so nothing can tell learning "
         "from learning by heart: judge by the previews.",
-        "reconstruction": "Above, your pictures; below, how the model draws them from its tokens before training.",
+        "reconstruction": "Above, your pictures; below, how the model rebuilds them before training.",
         "previews_at": "Previews at step {step}, the same seeds each time; below each, the nearest of your pictures.",
         "row_yours": "Your prompt",
         "row_unseen": "A prompt that it does not learn from",
@@ -625,7 +625,7 @@ SENTENCES = {
         "watch_copies": "对一个没有学过的描述，{share} % 的样本是你图片的翻版：它已经死记硬背。"
         "多一些图片或少一些步数会有帮助；第 {best} 步已保留。",
         "watch_nothing_held_out": "不同的图片太少，无法留出，因此分辨不了学会和死记：请看预览来判断。",
-        "reconstruction": "上面是你的图片，下面是训练前模型用它的图像词元画出的样子。",
+        "reconstruction": "上面是你的图片，下面是训练前模型还原它们的样子。",
         "previews_at": "第 {step} 步的预览，每次种子相同；每张下面是你的图片中最接近的一张。",
         "row_yours": "你的描述",
         "row_unseen": "没有用来学习的描述",

@@ -142,7 +142,8 @@ def previews_of(data: Path, previews: Sequence[Mapping[str, Any]], language: str
 def losses(lines: Iterable[Mapping[str, float]], smooth: Any, raw: bool, logarithmic: bool, language: str) -> dict:
     """Columns of the plot, for which pandas makes a table."""
     lines = list(lines)
-    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    # Of tokens alone where there is more, as the loss of held-out pictures is
+    trained = [(line["step"], line.get("token_loss", line["loss"])) for line in lines if "loss" in line]
     averages = zip([step for step, _ in trained], smooth([loss for _, loss in trained]), strict=True)
     series = {"series_training": list(averages)}
     series["series_validation"] = [

@@ -151,7 +151,7 @@ def visit(chromium):
         page.set_default_timeout(30_000)
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         page.goto(url)
-        page.wait_for_selector("#prompt textarea")
+        page.wait_for_selector("#prompt textarea, #unclip_prompt textarea")
         return page
 
     yield open_page

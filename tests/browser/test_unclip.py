@@ -284,6 +284,18 @@ def test_without_weights_there_is_one_sentence(visit, nano_folder, engine, serve
     expect(page.locator("#unclip_section")).to_have_count(0)
 
 
+def test_a_page_of_weights_for_this_tab_opens_with_it(visit, nano_folder, engine, slow, shipped, serve):
+    slow.seconds = 0.0
+    load = lambda preset, **options: engine  # noqa: E731
+    folder = str(shipped / "unclip-nano")
+    page = visit(serve(Shelf(str(nano_folder), True, load, lambda preset: slow, unclip=folder)))
+    expect(page.locator(PICTURES)).to_have_count(4, timeout=SLOW)
+    page.get_by_role("tab", name="Generate").click()
+    page.fill("#prompt textarea", "a red apple")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("drew 4 pictures", timeout=SLOW)
+
+
 def test_many_visitors_get_their_own_pictures(visit, studio, slow, unclip):
     slow.seconds = 0.05
     pages = [visit(studio) for _ in range(2)]
