@@ -219,6 +219,17 @@ def test_sharpening_changes_pictures_and_no_token(stage_of, tmp_path, nano_folde
         assert not torch.equal(before(pixels)[0], after(pixels)[0])
 
 
+def test_sharpening_shows_drawings_as_they_are_scenes_and_others(stage_of, tmp_path, alone, monkeypatch):
+    stage, samples = stage_of("sharpen", tmp_path)(alone), range(200)
+    drawn, draw = [], stage.scenes.draw
+    monkeypatch.setattr(stage.scenes, "draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    pixels = stage.batch(samples)["pixels"]
+    plain = stages.plain_render(stage.pairs, stages.shuffled(stage.training, stage.seed, samples), pixels.shape[-1])
+    same = (pixels - plain).abs().amax((1, 2, 3)) < 1e-5
+    assert 40 < same.sum() < 80  # three tenths
+    assert 25 < len(drawn) < 55  # two tenths
+
+
 def test_each_player_learns_from_its_own_loss_alone(stage_of, tmp_path, alone):
     stage = stage_of("sharpen", tmp_path)(alone)
     network, batch = stage.network, stage.batch(range(4))

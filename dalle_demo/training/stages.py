@@ -19,7 +19,7 @@ from dalle_demo.checkpoints import load_part, load_tokenizer, save_parts, stored
 from dalle_demo.config import DalleConfig, TextEncoderConfig, VQGANConfig
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.pairs import WHITE, Pairs, render
-from dalle_demo.data.scenes import Scenes
+from dalle_demo.data.scenes import Scenes, plain_scene
 from dalle_demo.models.discriminator import PatchDiscriminator
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
@@ -48,6 +48,7 @@ VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn a quarter as often as everything else
 NOUN_SHARE = 0.2  # of plain drawings that are captioned by a noun near to their name, where nouns are given
+AS_DRAWN = 0.5  # of the pictures that sharpen a VQGAN
 SCENE_SHARE = 0.4  # of samples composed afresh; the others are drawings as they are, whose tokens are computed once
 
 
@@ -157,7 +158,8 @@ class SharpenStage(VQGANStage):
     """Train the decoder of a finished VQGAN on, at fixed tokens, against a discriminator.
 
     What L1 averages into a blur becomes an edge. The tokens of every picture stay, so an image decoder that was trained
-    on them draws with the new VQGAN as it did with the old one.
+    on them draws with the new VQGAN as it did with the old one. Half of the pictures are what an image decoder learns to
+    draw, plain drawings and scenes; the others vary as before.
     """
 
     def __init__(self, data: Path, config: VQGANConfig, vqgan: Path, seed: int = 0):
@@ -166,6 +168,17 @@ class SharpenStage(VQGANStage):
             raise ValueError(f"{vqgan} holds a vqgan of other sizes than --preset")
         self.made_from["--vqgan"] = stored_hash(vqgan, "vqgan")
         self.network = SharpenObjective(load_part(vqgan, "vqgan"))
+        self.scenes = Scenes(self.pairs, self.training)
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """As of VQGANStage, with other pixels in half of the samples."""
+        batch = super().batch(samples)
+        for place, i in enumerate(shuffled(self.training, self.seed, samples)):
+            rng = sample_rng(self.seed + 1, samples[place])
+            if rng.random() < AS_DRAWN:
+                scene = self.scenes.draw(i, rng) if rng.random() < SCENE_SHARE else plain_scene(i)
+                batch["pixels"][place] = resize(self.scenes.render([scene]), self.config.image_size)[0]
+        return batch
 
 
 class SharpenObjective(VQGANObjective):
