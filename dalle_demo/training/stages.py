@@ -158,8 +158,8 @@ class SharpenStage(VQGANStage):
     """Train the decoder of a finished VQGAN on, at fixed tokens, against a discriminator.
 
     What L1 averages into a blur becomes an edge. The tokens of every picture stay, so an image decoder that was trained
-    on them draws with the new VQGAN as it did with the old one. Half of the pictures are what an image decoder learns to
-    draw, plain drawings and scenes; the others vary as before.
+    on them draws with the new VQGAN as it did with the old one. Half of the pictures are what an image decoder learns
+    to draw, plain drawings and scenes; the others vary as before.
     """
 
     def __init__(self, data: Path, config: VQGANConfig, vqgan: Path, seed: int = 0):
