@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -190,6 +191,8 @@ def check_paths(options: argparse.Namespace) -> None:
     """Raise ValueError for prompts that are not there and for pictures that would have no place."""
     if options.prompts not in (None, "-") and not Path(options.prompts).exists():
         raise ValueError(f"--prompts: there is no file {options.prompts}")
+    if options.again is not None and not options.again.exists():
+        raise ValueError(f"--again: there is no file {options.again}")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: {options.out} is a file; name a folder, which is made if it is not there")
 
@@ -361,7 +364,7 @@ def run_finetune(options: argparse.Namespace) -> None:
     if options.estimate:
         print(finetune.estimate(settings))
     else:
-        finetune.finetune(settings, options.out, options.resume)
+        finetune.finetune(settings, options.out, options.resume, partial(print, file=sys.stderr, flush=True))
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
@@ -437,7 +440,7 @@ def ensure(name: str) -> str:
             raise
         if shortage := memory_shortage(name):
             raise ValueError(f"{shortage}: close other programs, or choose a smaller model") from None
-        print(f"{name} is not here: fetching it from the Hugging Face Hub", file=sys.stderr)
+        print(f"there is no {name} on this computer: fetching it from the Hugging Face Hub", file=sys.stderr)
         fetch(name)
     return name
 

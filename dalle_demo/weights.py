@@ -260,7 +260,7 @@ def find(preset: str) -> Path:
         raise WeightsError(f"the weights of {preset} are not here; a checkout of this program has them in weights/")
     if REPO.fullmatch(preset):
         raise WeightsError(f"{preset} is no folder with a config.json: if it is on the Hub, {pull_command} fetches it")
-    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    shipped = sorted({path.parent.name for path in SHIPPED.glob("*/config.json")} - {CLIP_PRESET})
     known = ", ".join(dict.fromkeys([*shipped, *SOURCES]))
     advice = f"give a folder with a config.json, or one of {known}; `python -m dalle_demo weights list` says more"
     raise WeightsError(f"no weights at {preset!r}: {advice}")
@@ -272,6 +272,11 @@ def pulled(name: str) -> Path:
 
 
 def _name(folder: Path) -> str:
-    """What `find` finds a folder by: user/name of a repository that was pulled, else the folder's own name."""
+    """What `find` finds a folder by: user/name of a repository that was pulled, else the folder's own name.
+
+    The weights of a run are called by the run, since the folder has the same name in all of them.
+    """
     folder, models = folder.resolve(), pulled(".").resolve()
-    return folder.relative_to(models).as_posix() if folder.is_relative_to(models) else folder.name
+    if folder.is_relative_to(models):
+        return folder.relative_to(models).as_posix()
+    return folder.parent.name if folder.name == "weights" else folder.name

@@ -20,7 +20,7 @@ from dalle_demo.__main__ import main
 from dalle_demo.checkpoints import stored_hash
 from dalle_demo.data import uploads
 from dalle_demo.engines import DalleEngine
-from dalle_demo.images import grid
+from dalle_demo.images import grid, read_request
 from dalle_demo.training import dalle_finetune_stage, finetune, lora, stages, watch
 from dalle_demo.training.dalle_finetune_stage import DalleFinetuneStage, KeepingObjective
 from dalle_demo.training.export import read_log
@@ -99,7 +99,14 @@ def test_the_command_line_does_it_all(upload, nano_folder, tmp_path, capsys):
     assert main([*flags, "--base", str(nano_folder), "--data", str(upload), "--steps", "4", "--seed", "3"]) == 0
     assert len(uploads.load(out / "data")) == 12
     assert json.loads((out / "settings.json").read_text())["seed"] == 3
+    said = capsys.readouterr().err
+    assert "Drawing what the base can" in said
+    assert f"The best checkpoint is in {out / 'weights'}." in said
     assert main(["generate", "a red box", "--preset", str(out / "weights"), "--n", "1", "--out", str(tmp_path)]) == 0
+    (drawn,) = tmp_path.glob("*a-red-box*.png")
+    assert read_request(drawn)[1]["model"] == "run"  # and not "weights", as all would be called
+    assert main(["generate", "--again", str(drawn), "--out", str(tmp_path)]) == 2
+    assert "a model of your own: --preset FOLDER" in capsys.readouterr().err
     assert main(["train", "finetune", "--out", str(out), "--data", str(upload)]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert state(out)["state"] == "done"

@@ -141,6 +141,11 @@ def test_again_with_a_flag_changes_only_that(tmp_path):
     assert new == old | {"seed": 5}
 
 
+def test_again_of_no_picture(tmp_path, capsys):
+    assert main(["generate", "--again", str(tmp_path / "nowhere.png"), "--out", str(tmp_path / "out")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
 def test_again_of_a_foreign_picture(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
     assert main(["generate", "--again", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 2

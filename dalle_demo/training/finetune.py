@@ -126,11 +126,14 @@ class Estimate:
 
     def __str__(self):
         minutes, pace = math.ceil(self.seconds / 60), self.seconds_per_step
-        return f"about {minutes} minutes at {pace:.2f} seconds a step, and {self.memory / 1e9:.1f} GB of memory"
+        about = f"about {minutes} minute{'s' * (minutes > 1)} at {pace:.2f} seconds a step"
+        return f"{about}, and {self.memory / 1e9:.1f} GB of memory"
 
 
-def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> None:
-    """Run from data to weights; see README for what `out` then holds.
+def finetune(
+    settings: FinetuneSettings, out: Path, resume: bool = False, say: Callable[[str], None] = lambda message: None
+) -> None:
+    """Run from data to weights; see README for what `out` then holds. `say` is told what it does beside the steps.
 
     Raises:
         ValueError: a setting, the data or the base cannot be used, `out` holds a run and `resume` is false or holds
@@ -139,7 +142,7 @@ def finetune(settings: FinetuneSettings, out: Path, resume: bool = False) -> Non
     check_out(settings, out)
     if resume and (out / "settings.json").exists():
         loop.check_same(out, FinetuneSettings.read(out).lasting(), settings.lasting())
-    plan, watch = settings.plan(), Watch(out)
+    plan, watch = settings.plan(), Watch(out, say)
     check_encoder(settings.base)
 
     def make(workers: Workers) -> FinetuneStage:

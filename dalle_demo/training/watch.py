@@ -88,11 +88,13 @@ def judge(lines: Sequence[Mapping[str, Any]], copies: float, held_out: int) -> N
 
 
 class Watch(Monitor):
-    """Writes state.json and previews, and reads the file `ask`."""
+    """Writes state.json and previews, and reads the file `ask`; `say` is told what is done before and at the end."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, say: Callable[[str], None] = lambda message: None):
+        self.say = say
         self.out, self.word, self.notice = out, None, Notice("early")
         self.began, self.told = False, 0.0
+        self.said = ""  # the last of DOINGS
         self.step, self.steps, self.start = 0, 0, None  # `start` is the step and time of the first step made here
 
     def begin(self, steps: int) -> None:
@@ -106,6 +108,9 @@ class Watch(Monitor):
         """Tell what is being done before the first step: one of DOINGS."""
         if self.began:
             doing = {"key": key, "done": done, "total": total}
+            if key != self.said:
+                self.said = key
+                self.say(DOINGS[key].format(**doing))
             self._tell("preparing", DOINGS[key].format(**doing), doing)
 
     def stepped(self, run: Run) -> bool:
@@ -156,11 +161,13 @@ class Watch(Monitor):
         if self.step >= self.steps:
             for name in ("ask", "ask.taken"):
                 (self.out / name).unlink(missing_ok=True)
-            self._tell("done", f"The best checkpoint is in {self.out / 'weights'}.")
+            state, message = "done", f"The best checkpoint is in {self.out / 'weights'}."
         elif self.word == "stop":
-            self._tell("stopped", "What was best until now is kept.")
+            state, message = "stopped", "What was best until now is kept."
         else:
-            self._tell("paused", f"It goes on at step {self.step} of {self.steps}.")
+            state, message = "paused", f"It goes on at step {self.step} of {self.steps}."
+        self._tell(state, message)
+        self.say(message)
 
     def broke(self, error: BaseException) -> None:
         """Tell of an error, or of Ctrl+C before the first step."""

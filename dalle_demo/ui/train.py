@@ -223,7 +223,6 @@ class TrainTab:
         ]
         looks = [self.raw, self.logarithmic]
         probed = [*me, self.consent, self.effort, self.steps, self.base, self.method, self.text_encoder, self.rank]
-        probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
 
         arrived = page.load(self.arrive, [self.owner], [self.owner, *self.everything], **at_once)
         own_models = [self.models.model, self.unclip.model]
@@ -232,11 +231,10 @@ class TrainTab:
         picked = self.picker.input(self.pick, [self.owner, self.picker], self.everything, **at_once)
         renewed = self.new.click(self.renew, [self.owner], self.everything, **at_once)
         for event in (arrived, read, picked, renewed):
-            event.then(self.estimate, probed, planned, **probing)
+            self._measure(event, probed, planned)
         self.base.input(self.fit, [self.base], [self.method, self.adapters], **at_once)
         for choose in (self.base.input, self.method.input, self.text_encoder.input, self.rank.release):
-            chosen = choose(self.show_plan, probed, planned, **at_once)
-            chosen.then(self.estimate, probed, planned, **probing)
+            self._measure(choose(self.show_plan, probed, planned, **at_once), probed, planned)
         for choice in (self.effort, self.steps, self.consent):
             choice.input(self.show_plan, probed, planned, **at_once)
         self.captions.input(self.save_caption, me, None, trigger_mode="multiple", **in_order).then(
@@ -563,6 +561,13 @@ class TrainTab:
             raise _refusal(error, request) from error
         except (uploads.UploadError, OSError) as error:
             raise gr.Error(say("caption_lost", language, reason=_safe(error)), print_exception=False) from error
+
+    def _measure(self, event: Any, probed: list, planned: list) -> None:
+        """Measure after an event, and show what it means for what is chosen by then."""
+        probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
+        event.then(self.estimate, probed, planned, **probing).then(
+            self.show_plan, probed, planned, **QUIET, queue=False
+        )
 
     def estimate(self, request: gr.Request, owner: str, name: str, *plan: Any) -> Iterator[dict]:
         """Measure how long training takes here, unless that is known, and show it."""
