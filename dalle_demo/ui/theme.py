@@ -124,6 +124,7 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
 #unclip_intro p, #unclip_honest p, #stage p { color: var(--body-text-color-subdued); }
 #unclip_honest p { font-size: .85rem; }
 #unclip_lost { display: none; }
+#unclip .icon-wrap { display: none; } /* of an empty picture: its label would lie on it */
 #stage .html-container { padding: 0 !important; }
 #stage p { min-height: 1.5rem; margin: 8px 0 0; font-variant-numeric: tabular-nums; }
 #stage p.failed { color: var(--error-text-color); }
