@@ -204,12 +204,18 @@ def languages(asked: list[dict]) -> dict[str, np.ndarray]:
 
 
 def draw(engine: Engine, group: dict, quick: bool, **settings) -> list[Shown]:
-    """Pictures of all prompts of a group; `copy` marks all but the first of a prompt."""
-    shown = []
+    """Pictures of all prompts of a group, each the best of its own candidates, where there are any.
+
+    `copy` marks all but the first of a prompt.
+    """
+    shown, count = [], 1 if quick else group["pictures"]
+    candidates = settings.get("candidates")
+    seeds, n = (range(0, count * candidates, candidates), 1) if candidates else ([0], count)
     for asked in group["prompts"][:: QUICK if quick else 1]:
-        n = 1 if quick or "candidates" in settings else group["pictures"]
-        (last,) = engine.generate(engine.params(asked["prompt"], n=n, seed=0, **settings), previews=False)
-        for number, picture in enumerate(last.images):
+        requests = [engine.params(asked["prompt"], n=n, seed=seed, **settings) for seed in seeds]
+        updates = [list(engine.generate(params, previews=False)) for params in requests]
+        pictures = [picture for (last,) in updates for picture in last.images]
+        for number, picture in enumerate(pictures):
             shown.append(Shown(small(picture), asked | {"copy": number > 0}))
     return shown
 
@@ -245,7 +251,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=judging.FOLDER, help="folder written by judge.py")
     parser.add_argument("--rows", nargs="+", choices=list(prompts), default=list(prompts), help="groups of prompts")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th prompt, one picture each; says so")
-    parser.add_argument("--candidates", type=int, help="draw so many for each prompt, and measure the best for CLIP")
+    parser.add_argument("--candidates", type=int, help="draw so many for each picture, and measure the best for CLIP")
     parser.add_argument(
         "--out", type=Path, help="JSON; results/quality-PRESET.json unless --quick, --rows or --candidates is given"
     )

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tqdm import tqdm
+
 from dalle_demo.config import (
     PRESETS,
     SOURCES,
@@ -364,7 +366,7 @@ def run_finetune(options: argparse.Namespace) -> None:
     if options.estimate:
         print(finetune.estimate(settings))
     else:
-        finetune.finetune(settings, options.out, options.resume, partial(print, file=sys.stderr, flush=True))
+        finetune.finetune(settings, options.out, options.resume, partial(tqdm.write, file=sys.stderr))
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
