@@ -83,7 +83,7 @@ class Processes:
         `train` runs to the end in this process, in a folder.
         """
         killed, whole = folder / "killed", folder / "whole"
-        self.kill_midway(base, killed, steps, seconds=random.uniform(0, 1.5))
+        self.kill_midway(base, killed, steps, seconds=random.uniform(0, 0.5))
         train(killed, resume=True)
         train(whole)
         assert_same_run(whole, killed)

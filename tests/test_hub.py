@@ -753,7 +753,7 @@ def test_the_page_fetches_what_is_not_here(stub, model, nano_folder, capsys):
     assert ensure(str(nano_folder)) == str(nano_folder)
     assert stub.requests == []
     assert ensure(model) == model
-    assert "not here" in capsys.readouterr().err
+    assert "there is no someone/tiny on this computer" in capsys.readouterr().err
     stub.requests.clear()
     assert ensure(model) == model
     assert stub.requests == []

@@ -364,7 +364,10 @@ def test_missing_file_of_a_dalle_2(pair, path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda meta: meta["parts"].pop("prior"), "prior; it is not a complete DALL-E 2"),
+        (
+            lambda meta: meta["parts"].pop("prior"),
+            "prior, only vae, generator, noise_encoder, discriminator; it is not a complete DALL-E 2",
+        ),
         (lambda meta: meta.pop("clip"), "which CLIP it was trained with"),
         (lambda meta: meta.update(clip="clip-nano"), "which CLIP it was trained with"),
         (lambda meta: meta["clip"].update(sha256="0" * 64), "000000000000…"),

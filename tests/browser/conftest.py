@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def server(nano_folder, tmp_path_factory) -> Iterator[Server]:
         wait_until_served(f"http://127.0.0.1:{port}/config", process, log)
         yield Server(f"http://127.0.0.1:{port}", log)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored by what a background shell started
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
