@@ -1,4 +1,4 @@
-"""data set -> dalle_demo/data/held_out.json: which concepts, styles of concepts and words no training sees.
+"""data set -> dalle_demo/data/held_out.json: which concepts and styles of concepts no training sees, and no nouns.
 
     python benchmarks/split.py --data data/emoji
 

@@ -230,7 +230,8 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
     modules = {part: load_parts(home, [part], "DALL-E 2")[part] for part, home in homes.items()}
     states = {part: module.state_dict() for part, module in modules.items()}
     trained_with = load_clip(str(clip))
-    named = {"name": trained_with.name, "sha256": trained_with.sha256}
+    pulled_clip = clip.resolve().is_relative_to(pulled(".").resolve())
+    named = {"name": trained_with.name if pulled_clip else clip.resolve().name, "sha256": trained_with.sha256}
     save_tensors(out, configs, states, clip=named, defaults=dict(defaults))
     load_unclip(str(out))
 
@@ -272,11 +273,13 @@ def pulled(name: str) -> Path:
 
 
 def _name(folder: Path) -> str:
-    """What `find` finds a folder by: user/name of a repository that was pulled, else the folder's own name.
+    """What a folder's model is called: user/name of a repository that was pulled, else the folder's own name.
 
-    The weights of a run are called by the run, since the folder has the same name in all of them.
+    `find` finds it by that in the cache and beside the package. The weights of a run are called by the run, since that
+    folder has the same name in all of them.
     """
     folder, models = folder.resolve(), pulled(".").resolve()
     if folder.is_relative_to(models):
         return folder.relative_to(models).as_posix()
-    return folder.parent.name if folder.name == "weights" else folder.name
+    of_run = folder.name == "weights" and (folder.parent / "log.jsonl").exists()
+    return folder.parent.name if of_run else folder.name

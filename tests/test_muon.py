@@ -55,6 +55,15 @@ def test_polar_brings_singular_values_near_one_and_keeps_the_vectors(shape, deca
     assert cosine(matrix, left @ right) < 0.99
 
 
+def test_polar_in_bf16_points_the_same_way():
+    blocks = torch.randn(2, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = polar(blocks)
+    assert ours.dtype == torch.float32
+    assert cosine(ours, polar(blocks)) > 0.99
+    assert not torch.equal(ours, polar(blocks))
+
+
 def test_polar_does_not_depend_on_scale_or_neighbours():
     blocks = torch.randn(3, 16, 24)
     scaled = blocks * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]

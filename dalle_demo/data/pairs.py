@@ -79,7 +79,7 @@ def split(pairs: Pairs) -> Split:
 
 
 def unseen_words(pairs: Pairs) -> set[str]:
-    """What no training may be told in words: names of held-out concepts, and words that benchmarks ask for."""
+    """What no noun may be that training is told beside captions: names of held-out concepts, benchmarks' words."""
     held_out = json.loads(HELD_OUT.read_text())
     return {*held_out["words"], *(row["name"] for row in pairs.rows if row["hex"] in held_out["concepts"])}
 

@@ -206,12 +206,13 @@ class Run:
         share = self.plan.batch // self.workers.count
         start = self.step * self.plan.batch + self.workers.rank * share
         batch = self.stage.batch(range(start, start + share))
-        # In bf16 the processor's fused attention goes backward three times slower than its plain parts
-        plain = sdpa_kernel(SDPBackend.MATH) if self.autocast else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast), plain:
-            losses = self.wrapped(**batch)
-        self.stage.network.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        # In bf16 the processor's fused attention goes backward three times slower than its plain parts; checkpointed
+        # layers are computed again on the way back, and must be so in the same way
+        with sdpa_kernel(SDPBackend.MATH) if self.autocast else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                losses = self.wrapped(**batch)
+            self.stage.network.zero_grad(set_to_none=True)
+            losses["loss"].backward()
         nn.utils.clip_grad_norm_(self.stage.network.parameters(), CLIP_NORM)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):  # Muon's products
             for optimizer in self.optimizers:
@@ -262,13 +263,17 @@ class Run:
     def restore(self) -> None:
         """Go back to the last checkpoint; log lines written after it are dropped.
 
-        Raises ValueError when the run was made from other data, sizes or seed than it is to go on with.
+        Raises ValueError when the run was made from other data, sizes or seed than it is to go on with, or by a version
+        that trained other weights.
         """
         state = torch.load(self.out / "checkpoint.pt", weights_only=True)
-        holds = (state["made_from"].keys(), state["network"].keys(), len(state.get("optimizers", ())))
-        if holds != (self.stage.made_from.keys(), self._trained(self.stage.network).keys(), len(self.optimizers)):
-            raise ValueError(f"{self.out} was made by another version and cannot go on; choose another --out")
+        foreign = f"{self.out} was made by another version and cannot go on; choose another --out"
+        if state["made_from"].keys() != self.stage.made_from.keys():
+            raise ValueError(foreign)
         check_same(self.out, state["made_from"], self.stage.made_from)
+        holds = state["network"].keys(), len(state.get("optimizers", ()))
+        if holds != (self._trained(self.stage.network).keys(), len(self.optimizers)):
+            raise ValueError(foreign)
         self.stage.network.load_state_dict(self.frozen | state["network"])
         self.ema.load_state_dict(self.frozen | state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

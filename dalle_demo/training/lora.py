@@ -116,7 +116,7 @@ def scale(model: Dalle, folder: Path, strength: float) -> Dalle:
             if (change := tensors.get(f"{name}.D")) is not None:
                 weight = module.get_parameter(name.split(".", 1)[1])
                 if change.shape != weight.shape:
-                    raise ValueError(f"of shape {tuple(weight.shape)}")
+                    raise ValueError(f"its shape is {tuple(weight.shape)}")
                 weight.data = torch.add(weight.float(), change, alpha=strength - 1).to(weight.dtype)
                 continue
             factors = tensors[f"{name}.A"], tensors[f"{name}.B"] * (strength - 1)

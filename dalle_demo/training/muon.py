@@ -85,7 +85,7 @@ def polar(blocks: Tensor) -> Tensor:
     """U V^T of the singular value decompositions U S V^T, about.
 
     Singular values end up between 0.4 and 1.6, but for those under a thousandth of the Frobenius norm, which stay less.
-    Under autocast it multiplies in its type: the polynomials forgive bf16.
+    Under autocast it multiplies in its type, for which the polynomials were made; up to 1.7 in bf16.
     """
     tall = blocks.shape[-2] > blocks.shape[-1]
     x = blocks.mT if tall else blocks

@@ -110,7 +110,7 @@ class Watch(Monitor):
             doing = {"key": key, "done": done, "total": total}
             if key != self.said:
                 self.said = key
-                self.say(DOINGS[key].format(**doing))
+                self.say(DOINGS[key].replace("{done} of ", "").format(**doing))
             self._tell("preparing", DOINGS[key].format(**doing), doing)
 
     def stepped(self, run: Run) -> bool:
@@ -165,7 +165,7 @@ class Watch(Monitor):
         elif self.word == "stop":
             state, message = "stopped", "What was best until now is kept."
         else:
-            state, message = "paused", f"It goes on at step {self.step} of {self.steps}."
+            state, message = "paused", f"With --resume it goes on at step {self.step} of {self.steps}."
         self._tell(state, message)
         self.say(message)
 
