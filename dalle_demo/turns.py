@@ -12,7 +12,7 @@ from PIL import Image
 
 from dalle_demo.config import Params
 from dalle_demo.text import in_other_scripts, spelled
-from dalle_demo.weights import Dalle, Unclip, WeightsError, find
+from dalle_demo.weights import Dalle, Unclip, WeightsError
 
 LEFT_OUT = {
     "nothing_read": "This model reads English only, and nothing of this prompt: the pictures have nothing to do "
@@ -88,12 +88,10 @@ class Engine(ABC):
         threads = origin.get("threads")
         if not isinstance(threads, int) or not 1 <= threads <= 1024:
             raise ValueError(f"the picture's settings name {threads!r} threads")
-        model = preset or str(origin.get("model"))
         try:
-            find(model)
+            engine = cls.load(preset or str(origin.get("model")), threads, **cls._place(origin))
         except WeightsError as error:
-            raise WeightsError(f"{error}; a model of your own: --preset FOLDER") from error
-        engine = cls.load(model, threads, **cls._place(origin))
+            raise WeightsError(str(error) if preset else f"{error}; a model of your own: --preset FOLDER") from error
         if engine.origin["weights"] != origin.get("weights"):
             raise ValueError(
                 f"the picture was drawn by other weights than these of {engine.name}; give --preset FOLDER"
