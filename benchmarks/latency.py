@@ -24,6 +24,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 PROMPT = "a red apple"
 STARTS, RUNS, WARM_UPS = 3, 10, 2
 
@@ -78,7 +79,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 def time_engine(preset: str, n: int) -> dict:
     """First preview and whole request of the engine in this process, and the settings that it chose."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from dalle_demo import DalleEngine
@@ -149,7 +149,6 @@ def time_request(client, n: int, seed: int) -> tuple[float, float]:
 
 def processor() -> str:
     """Model name of the processor, and what PyTorch uses of it, since virtual machines hide the generation."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from dalle_demo.hardware import has_native_bf16

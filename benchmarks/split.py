@@ -1,4 +1,4 @@
-"""data set -> dalle_demo/data/held_out.json: which concepts and styles of concepts no training sees, and no nouns.
+"""data set -> dalle_demo/data/held_out.json: concepts and styles that no training sees, words that no noun is.
 
     python benchmarks/split.py --data data/emoji
 

@@ -230,8 +230,7 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
     modules = {part: load_parts(home, [part], "DALL-E 2")[part] for part, home in homes.items()}
     states = {part: module.state_dict() for part, module in modules.items()}
     trained_with = load_clip(str(clip))
-    pulled_clip = clip.resolve().is_relative_to(pulled(".").resolve())
-    named = {"name": trained_with.name if pulled_clip else clip.resolve().name, "sha256": trained_with.sha256}
+    named = {"name": _found_by(clip), "sha256": trained_with.sha256}
     save_tensors(out, configs, states, clip=named, defaults=dict(defaults))
     load_unclip(str(out))
 
@@ -272,14 +271,14 @@ def pulled(name: str) -> Path:
     return hub.cache_root() / "models" / name
 
 
-def _name(folder: Path) -> str:
-    """What a folder's model is called: user/name of a repository that was pulled, else the folder's own name.
-
-    `find` finds it by that in the cache and beside the package. The weights of a run are called by the run, since that
-    folder has the same name in all of them.
-    """
+def _found_by(folder: Path) -> str:
+    """What `find` finds a folder by: user/name of a repository that was pulled, else the folder's own name."""
     folder, models = folder.resolve(), pulled(".").resolve()
-    if folder.is_relative_to(models):
-        return folder.relative_to(models).as_posix()
-    of_run = folder.name == "weights" and (folder.parent / "log.jsonl").exists()
-    return folder.parent.name if of_run else folder.name
+    return folder.relative_to(models).as_posix() if folder.is_relative_to(models) else folder.name
+
+
+def _name(folder: Path) -> str:
+    """What a folder's model is called: the run whose weights it holds, which are in a folder of one name, or itself."""
+    run = folder.resolve().parent
+    of_run = folder.resolve().name == "weights" and (run / "log.jsonl").exists()
+    return run.name if of_run else _found_by(folder)

@@ -424,10 +424,14 @@ def test_each_kind_of_weights_is_loaded_as_what_it_is(pair, nano_folder):
     assert not is_unclip(str(pair.parent / CLIP_PRESET))
     for folder in (pair, nano_folder, pair.parent / CLIP_PRESET):
         check(folder)
-    refuse(pair, "describes no vqgan, only vae, ", "it is not a complete DALL-E model")
-    refuse(pair.parent / CLIP_PRESET, "describes no vqgan, only text_encoder, clip")
+    refuse(pair, "describes no vqgan, only vae, ", "; it is not a complete DALL-E model")
+    refuse(pair.parent / CLIP_PRESET, "describes no vqgan, only text_encoder, clip; it is not a complete DALL-E model")
     refuse(nano_folder, "it is not a complete DALL-E 2 model", load=load_unclip)
-    refuse(nano_folder, "describes no clip", "it is not a complete CLIP model", load=load_clip)
+    refuse(
+        nano_folder,
+        "describes no clip, only vqgan, text_encoder, image_decoder; it is not a complete CLIP model",
+        load=load_clip,
+    )
     for name in ("unclip-nano", CLIP_PRESET):
         edit_tensors(pair.parent / name, lambda tensors: tensors.popitem(), rehash=False)
         with pytest.raises(WeightsError):
