@@ -262,6 +262,8 @@ def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
     for name, stages in NEEDED.items():
         if stage in stages:
             command.add_argument(f"--{name}", type=Path, required=True, help=f"weights folder with a {name}")
+    if stage == "vqgan":
+        command.add_argument("--earlier", type=Path, help="weights folder of a VQGAN to begin from, if any")
     if stage == "dalle":
         command.add_argument("--decoder", type=Path, help="weights folder whose image_decoder is trained on, if any")
         command.add_argument("--freeze-text", action="store_true", help="leave the text encoder as it is")
@@ -305,7 +307,7 @@ def run_train(options: argparse.Namespace) -> None:
     )
     config, data, out, seed = presets[options.preset], options.data, options.out, options.seed
     make_stage = {
-        "vqgan": lambda workers: stages.VQGANStage(data, config.vqgan, seed),
+        "vqgan": lambda workers: stages.VQGANStage(data, config.vqgan, seed, options.earlier),
         "sharpen": lambda workers: stages.SharpenStage(data, config.vqgan, options.vqgan, seed),
         "text": lambda workers: stages.TextStage(data, config.text_encoder, out, workers, seed),
         "dalle": lambda workers: stages.DalleStage(

@@ -32,8 +32,14 @@ class VQGANConfig:
     vq_size: int = 0  # vq only: entries of the codebook
     vq_dim: int = 0  # vq only: their width
     latent_dim: int = 0  # kl only: width of the latents
+    decoder_channels: int = 0  # what `channels` is of the encoder, where the decoder has others
     encoder: bool = True  # without one, tokens become pixels and nothing else
     from_zero: bool = False  # the encoder was trained on pixels in [0, 1], which no change of weights undoes at borders
+
+    @property
+    def drawing_channels(self) -> int:
+        """Channels of the decoder's levels, which `multipliers` multiply."""
+        return self.decoder_channels or self.channels
 
     @property
     def downsample(self) -> int:
@@ -150,7 +156,14 @@ _NANO_TEXT = TextEncoderConfig(vocab_size=8192, length=32, width=256, layers=4, 
 
 def _nano() -> DalleConfig:
     vqgan = VQGANConfig(
-        image_size=128, patch=4, channels=32, multipliers=(1, 2, 4), blocks=1, quantizer="fsq", levels=(8, 8, 6, 5)
+        image_size=128,
+        patch=4,
+        channels=32,
+        decoder_channels=64,
+        multipliers=(1, 2, 4),
+        blocks=1,
+        quantizer="fsq",
+        levels=(8, 8, 6, 5, 8),
     )
     return DalleConfig(
         vqgan=vqgan,
@@ -165,7 +178,7 @@ def _nano() -> DalleConfig:
             heads=4,
             glu_width=768,
         ),
-        defaults={"temperature": 0.5, "guidance_scale": 2.0},
+        defaults={"temperature": 0.35, "guidance_scale": 2.0},
     )
 
 
@@ -188,7 +201,7 @@ def _dalle_mini(text_vocab: int, image_vocab: int, width: int, layers: int, head
 
 
 def _unclip_nano() -> UnclipConfig:
-    vae = dataclasses.replace(_nano().vqgan, quantizer="kl", levels=(), latent_dim=8)
+    vae = dataclasses.replace(_nano().vqgan, quantizer="kl", levels=(), latent_dim=8, decoder_channels=0)
     return UnclipConfig(
         text_encoder=_NANO_TEXT,
         clip=CLIPConfig(image_size=128, patch=8, widths=(96, 192, 320), text_width=256, embed_dim=256),

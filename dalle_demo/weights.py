@@ -105,7 +105,7 @@ def load_dalle(preset: str) -> Dalle:
     with _advice(folder):
         modules = load_parts(folder, PARTS, "DALL-E", LARGE)
         sha256 = stored_hash(folder, "image_decoder")
-        return Dalle(_name(folder), sha256, stored_model(folder), load_tokenizer(folder), **modules)
+        return Dalle(name_of(folder), sha256, stored_model(folder), load_tokenizer(folder), **modules)
 
 
 def load_clip(preset: str = CLIP_PRESET) -> Clip:
@@ -114,7 +114,7 @@ def load_clip(preset: str = CLIP_PRESET) -> Clip:
     with _advice(folder):
         modules = {part: module.float() for part, module in load_parts(folder, CLIP_PARTS, "CLIP").items()}
         configs = [stored_config(folder, part) for part in CLIP_PARTS]
-        return Clip(_name(folder), stored_hash(folder, "clip"), *configs, load_tokenizer(folder), **modules)
+        return Clip(name_of(folder), stored_hash(folder, "clip"), *configs, load_tokenizer(folder), **modules)
 
 
 def load_unclip(preset: str = "unclip-nano") -> Unclip:
@@ -129,7 +129,7 @@ def load_unclip(preset: str = "unclip-nano") -> Unclip:
         clip = _clip_of(folder)
         hashes = [*(stored_hash(folder, part) for part in DRAWING_PARTS), clip.sha256]
         sha256 = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-        return Unclip(_name(folder), sha256, _unclip_config(folder, clip), clip, **modules)
+        return Unclip(name_of(folder), sha256, _unclip_config(folder, clip), clip, **modules)
 
 
 def is_unclip(preset: str) -> bool:
@@ -241,7 +241,7 @@ def _advice(folder: Path) -> Iterator[None]:
     try:
         yield
     except WeightsError as error:
-        name = _name(folder)
+        name = name_of(folder)
         if folder.resolve() != pulled(name).resolve():
             raise
         update = f"`python -m dalle_demo weights pull {name} --update`"
@@ -277,7 +277,7 @@ def _found_by(folder: Path) -> str:
     return folder.relative_to(models).as_posix() if folder.is_relative_to(models) else folder.name
 
 
-def _name(folder: Path) -> str:
+def name_of(folder: Path) -> str:
     """What a folder's model is called: the run whose weights it holds, which are in a folder of one name, or itself."""
     run = folder.resolve().parent
     of_run = folder.resolve().name == "weights" and (run / "log.jsonl").exists()

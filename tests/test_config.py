@@ -258,7 +258,7 @@ def test_nano_is_small_enough_to_ship():
     config = PRESETS["nano"]
     with torch.device("meta"):
         parts = VQGAN(config.vqgan), TextEncoder(config.text_encoder), ImageDecoder(config.image_decoder)
-    assert 2 * sum(map(count, parts)) < 50e6  # bytes in fp16
+    assert 2 * sum(map(count, parts)) < 60e6  # bytes in fp16
 
 
 def test_unclip_nano_and_its_clip_are_small_enough_to_ship():

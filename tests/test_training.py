@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import save_tiny, tiny_config
 from torch import nn
 from train_tiny import BATCH, make_plan, make_stage
 
@@ -219,8 +219,9 @@ def test_sharpening_changes_pictures_and_no_token(stage_of, tmp_path, nano_folde
         assert not torch.equal(before(pixels)[0], after(pixels)[0])
 
 
-def test_sharpening_shows_drawings_as_they_are_scenes_and_others(stage_of, tmp_path, alone, monkeypatch):
-    stage, samples = stage_of("sharpen", tmp_path)(alone), range(200)
+@pytest.mark.parametrize("name", ["vqgan", "sharpen"])
+def test_a_vqgan_sees_drawings_as_they_are_scenes_and_others(stage_of, tmp_path, name, alone, monkeypatch):
+    stage, samples = stage_of(name, tmp_path)(alone), range(200)
     drawn, draw = [], stage.scenes.draw
     monkeypatch.setattr(stage.scenes, "draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     pixels = stage.batch(samples)["pixels"]
@@ -228,6 +229,23 @@ def test_sharpening_shows_drawings_as_they_are_scenes_and_others(stage_of, tmp_p
     same = (pixels - plain).abs().amax((1, 2, 3)) < 1e-5
     assert 40 < same.sum() < 80  # three tenths
     assert 25 < len(drawn) < 55  # two tenths
+
+
+def test_a_vqgan_begins_from_one_of_fewer_codes(data_folder, nano_folder):
+    """Its encoder, and the digits that it had; what has no counterpart is new."""
+    config = tiny_config(levels=(5, 4, 3, 4), decoder_channels=32).vqgan
+    fresh = stages.VQGANStage(data_folder, config).network.vqgan.state_dict()
+    begun = stages.VQGANStage(data_folder, config, earlier=nano_folder).network.vqgan
+    before, after = load_part(nano_folder, "vqgan"), begun.state_dict()
+    assert_equal_states(begun.encoder, before.encoder)
+    assert torch.equal(begun.quant_conv.weight[:3], before.quant_conv.weight)
+    same = [name for name in after if torch.equal(after[name], fresh[name]) and after[name].unique().numel() > 1]
+    assert "decoder.conv_in.weight" in same
+    assert not any(name.startswith("encoder") for name in same)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(begun.encode(pixels) % 60, before.encode(pixels))
+        assert begun.encode(pixels).max() < 240
 
 
 def test_each_player_learns_from_its_own_loss_alone(stage_of, tmp_path, alone):
@@ -364,6 +382,41 @@ def test_dalle_goes_on_with_a_decoder_and_can_leave_the_text_encoder(data_folder
     after = {part: load_part(tmp_path / "weights", part) for part in before}
     assert_equal_states(after["text_encoder"], before["text_encoder"])
     assert not torch.equal(after["image_decoder"].lm_head.weight, before["image_decoder"].lm_head.weight)
+
+
+def test_a_decoder_of_fewer_codes_goes_on_with_more(nano_folder):
+    """A token is as likely as the one that it was, spread over the digits that are new."""
+    before, config = load_part(nano_folder, "image_decoder"), tiny_config(levels=(5, 4, 3, 4))
+    after = stages.continued(nano_folder, config)
+    tokens = torch.randint(240, (2, 16), generator=torch.Generator().manual_seed(1))
+    text = torch.randn(2, 5, before.text_width, generator=torch.Generator().manual_seed(2)), torch.ones(2, 5).bool()
+    with torch.no_grad():
+        known, new = before(tokens % 60, *text), after(tokens, *text)
+    assert new.shape == (2, 16, 241)
+    torch.testing.assert_close(new[..., :240].unflatten(-1, (4, 60)), known[..., None, :60].expand(-1, -1, 4, -1))
+    torch.testing.assert_close(new[..., 240:], known[..., 60:])
+    assert_equal_states(stages.continued(nano_folder, tiny_config()), before)
+
+
+def test_an_image_decoder_of_fewer_codes_is_trained_on(data_folder, nano_folder, tmp_path, alone):
+    config = tiny_config(levels=(5, 4, 3, 4), decoder_channels=32)
+    save_tiny(tmp_path / "wide", config)
+    folders = tmp_path / "wide", nano_folder, tmp_path / "run"
+
+    def make(workers):
+        return stages.DalleStage(data_folder, config, *folders, workers, decoder=nano_folder)
+
+    train(make, make_plan(2), folders[-1])
+    trained = load_part(folders[-1] / "weights", "image_decoder")
+    assert trained.bos == 240
+    assert trained.lm_head.weight.shape == (241, 48)
+    assert len(trained.lm_head.weight.unique(dim=0)) > 61
+
+
+@pytest.mark.parametrize("levels", [(5, 3, 4, 4), (6, 4, 3), (5, 4), (4, 5, 3)])
+def test_a_decoder_whose_codes_are_others_is_refused(nano_folder, levels):
+    with pytest.raises(ValueError, match="holds an image_decoder of other sizes than --preset"):
+        stages.continued(nano_folder, tiny_config(levels=levels))
 
 
 def assert_equal_states(one, other):

@@ -20,6 +20,7 @@ CONFIGS = {
     "fsq": tiny_config().vqgan,
     "vq": tiny_config(quantizer="vq", levels=(), vq_size=40, vq_dim=8).vqgan,
     "attention": tiny_config(attention=(8, 4), blocks=2, patch=1, multipliers=(1, 2, 2, 2)).vqgan,
+    "wide": tiny_config(decoder_channels=24).vqgan,
     "patch": tiny_config(patch=8, multipliers=(2,)).vqgan,
 }
 
@@ -126,7 +127,7 @@ def test_vq_losses_pull_the_right_side():
     assert z_e.grad.item() == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize("levels", [(8, 8, 6, 5), (5, 4, 3), (2, 2), (3,)])
+@pytest.mark.parametrize("levels", [(8, 8, 6, 5, 8), (5, 4, 3), (2, 2), (3,)])
 def test_every_fsq_code_comes_back(levels):
     """tokens -> codes -> something the encoder could have said -> the same tokens and codes."""
     quantizer = FiniteScalarQuantizer(levels)

@@ -26,6 +26,7 @@ BACKGROUNDS = {  # name -> (Chinese name, RGB)
 }
 TEMPLATES = ("{}", "{}", "a {}", "a picture of a {}", "an emoji of a {}")
 STYLE_TEMPLATES = ("{style} {name}", "{name}, {style} style", "a {style} {name}")
+CHINESE_SHARE = 1 / 3  # of captions
 HELD_OUT = Path(__file__).with_name("held_out.json")  # written by benchmarks/split.py
 
 
@@ -86,7 +87,7 @@ def unseen_words(pairs: Pairs) -> set[str]:
 
 def caption(row: dict, rng: np.random.Generator) -> str:
     """Draw one caption: name, keywords or the emoji itself; English or Chinese; with or without style words."""
-    chinese = rng.random() < 0.2 and bool(row["name_zh"])
+    chinese = rng.random() < CHINESE_SHARE and bool(row["name_zh"])
     name = _name(row, chinese, rng)
     if not chinese:
         return phrase(name, row["style"], rng)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dalle_demo.data.pairs import BACKGROUNDS, STYLE_TEMPLATES, WHITE, Pairs, lay, place
+from dalle_demo.data.pairs import BACKGROUNDS, CHINESE_SHARE, STYLE_TEMPLATES, WHITE, Pairs, lay, place
 
 if TYPE_CHECKING:
     import inflect
@@ -37,7 +37,6 @@ SIZES = {"small": ("小小的", 0.4), "big": ("很大的", 1.0)}
 JITTER = 0.06
 KINDS = ("background", "hue", "count", "relation", "size")
 KIND_SHARES = (0.2, 0.25, 0.2, 0.25, 0.1)
-CHINESE_SHARE = 0.25
 STYLED_SHARE = 0.3
 COLOUR_WORDS = {*HUES, "white", "black", "brown", "gray", "grey", "gold", "golden", "silver", "dark", "light"}
 COLOUR_CHARACTERS = set("红橙黄绿蓝紫粉黑白棕灰金银")

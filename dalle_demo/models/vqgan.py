@@ -139,10 +139,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
+        widths = [config.drawing_channels * m for m in config.multipliers]
         side = config.image_size // config.patch
         self.patch = config.patch
-        self.conv_in = nn.Conv2d(config.vq_dim or widths[-1], widths[-1], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.vq_dim or config.channels * config.multipliers[-1], widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):

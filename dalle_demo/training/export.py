@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dalle_demo.weights import name_of
+
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,39}")
 LICENCE_LINE = re.compile(r"^license_name: .*$", re.MULTILINE)  # of the model card
 
@@ -63,7 +65,7 @@ def _losses(run: Path) -> str:
 def _settings(run: Path) -> str:
     """Without where the pictures were, which says more of the machine than of the model."""
     settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
-    base = Path(settings.pop("base")).name
+    base = name_of(Path(settings.pop("base")))
     del settings["data"]
     return json.dumps({"base": base} | settings, ensure_ascii=False, indent=1) + "\n"
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dalle_demo.hardware import has_native_bf16
+from dalle_demo.hardware import give_back_memory, has_native_bf16
 from dalle_demo.training.muon import Muon
 
 WEIGHT_DECAY = 0.05
@@ -170,6 +170,8 @@ class Run:
                 if broken:  # before anything of it reaches the last good checkpoint
                     raise ValueError(f"the loss is no longer finite at step {self.step}; lower --learning-rate")
                 self._report(bar, losses, rate)
+                if self.step % LOG_EVERY == 0:
+                    give_back_memory()
                 if due:
                     self.save()
                     saved = time.monotonic()

@@ -6,6 +6,7 @@ Sample number i of a run is made from (seed, i) alone, whatever process makes it
 is drawn once for all samples of a process.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -48,7 +49,7 @@ VALIDATION_BATCH = 64
 HELD_OUT_PHRASES = 0.03
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn a quarter as often as everything else
 NOUN_SHARE = 0.2  # of plain drawings that are captioned by a noun near to their name, where nouns are given
-AS_DRAWN = 0.5  # of the pictures that sharpen a VQGAN
+AS_DRAWN = 0.5  # of the pictures that a VQGAN is trained on; the others vary
 SCENE_SHARE = 0.4  # of samples composed afresh; the others are drawings as they are, whose tokens are computed once
 
 
@@ -78,15 +79,26 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class VQGANStage:
-    """Train the picture tokenizer on renders that vary place, size, colour and background."""
+    """Train the picture tokenizer.
 
-    def __init__(self, data: Path, config: VQGANConfig, seed: int = 0):
+    Half of the pictures are what an image decoder learns to draw, plain drawings and scenes; the others are drawings
+    whose place, size, colour and background vary.
+
+    Args:
+        earlier: checkpoint folder of a VQGAN to begin from, whose weights are taken where the sizes agree.
+    """
+
+    def __init__(self, data: Path, config: VQGANConfig, seed: int = 0, earlier: Path | None = None):
         self.pairs = pairs_data.load(data)
         self.training, held_out, _ = pairs_data.split(self.pairs)
         self.config, self.seed = config, seed
         self.made_from = {"--data": self.pairs.fingerprint, "--preset": repr(config), "--seed": str(seed)}
         torch.manual_seed(seed)
         self.network = self.objective()
+        if earlier:
+            begin_from(self.network.vqgan, load_part(earlier, "vqgan"))
+        self.made_from["--earlier"] = stored_hash(earlier, "vqgan") if earlier else ""
+        self.scenes = Scenes(self.pairs, self.training)
         self.held_out = some_renders(self.pairs, held_out, config.image_size)
 
     def objective(self) -> nn.Module:
@@ -102,7 +114,13 @@ class VQGANStage:
         pixels = pixels.gather(1, order[:, :, None, None].expand_as(pixels))
         spare = max(1, self.config.image_size - PERCEPTUAL_CROP + 1)
         top, left = sample_rng(self.seed, samples[0]).integers(spare, size=2).tolist()
-        return {"pixels": resize(pixels, self.config.image_size), "top": top, "left": left}
+        pixels = resize(pixels, self.config.image_size)
+        for place, (sample, i) in enumerate(zip(samples, indices, strict=True)):
+            rng = sample_rng(self.seed + 1, sample)
+            if rng.random() < AS_DRAWN:
+                scene = self.scenes.draw(i, rng) if rng.random() < SCENE_SHARE else plain_scene(i)
+                pixels[place] = resize(self.scenes.render([scene]), self.config.image_size)[0]
+        return {"pixels": pixels, "top": top, "left": left}
 
     def _augment(self, rng: np.random.Generator, index: int) -> tuple:
         colours = np.float32(WHITE if rng.random() < 0.5 else rng.integers(256, size=3))
@@ -124,6 +142,18 @@ class VQGANStage:
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the vqgan part."""
         save_parts(folder, {"vqgan": self.config}, {"vqgan": network.vqgan})
+
+
+@torch.no_grad()
+def begin_from(network: nn.Module, earlier: nn.Module) -> None:
+    """Copy the weights whose sizes agree, and the dimensions of codes that there were, which come first."""
+    weights = network.state_dict()
+    for name, before in earlier.state_dict().items():
+        if name.startswith("quant_conv.") and before.shape[1:] == weights[name].shape[1:]:
+            kept = min(len(before), len(weights[name]))
+            weights[name][:kept] = before[:kept]
+        elif name in weights and weights[name].shape == before.shape:
+            weights[name].copy_(before)
 
 
 class ReconstructionObjective(nn.Module):
@@ -158,8 +188,7 @@ class SharpenStage(VQGANStage):
     """Train the decoder of a finished VQGAN on, at fixed tokens, against a discriminator.
 
     What L1 averages into a blur becomes an edge. The tokens of every picture stay, so an image decoder that was trained
-    on them draws with the new VQGAN as it did with the old one. Half of the pictures are what an image decoder learns
-    to draw, plain drawings and scenes; the others vary as before.
+    on them draws with the new VQGAN as it did with the old one.
     """
 
     def __init__(self, data: Path, config: VQGANConfig, vqgan: Path, seed: int = 0):
@@ -168,17 +197,6 @@ class SharpenStage(VQGANStage):
             raise ValueError(f"{vqgan} holds a vqgan of other sizes than --preset")
         self.made_from["--vqgan"] = stored_hash(vqgan, "vqgan")
         self.network = SharpenObjective(load_part(vqgan, "vqgan"))
-        self.scenes = Scenes(self.pairs, self.training)
-
-    def batch(self, samples: range) -> dict[str, Tensor]:
-        """As of VQGANStage, with other pixels in half of the samples."""
-        batch = super().batch(samples)
-        for place, i in enumerate(shuffled(self.training, self.seed, samples)):
-            rng = sample_rng(self.seed + 1, samples[place])
-            if rng.random() < AS_DRAWN:
-                scene = self.scenes.draw(i, rng) if rng.random() < SCENE_SHARE else plain_scene(i)
-                batch["pixels"][place] = resize(self.scenes.render([scene]), self.config.image_size)[0]
-        return batch
 
 
 class SharpenObjective(VQGANObjective):
@@ -320,7 +338,7 @@ class DalleStage:
     """Train the image decoder, and the text encoder along with it: captions -> image tokens of a finished VQGAN.
 
     Args:
-        decoder: checkpoint folder of the image decoder to go on with, if any.
+        decoder: checkpoint folder of the image decoder to go on with, if any; its codes may have fewer FSQ dimensions.
         freeze_text: leave the text encoder as it is, with what it knows beyond these captions.
         words: text file with a noun a line, some of which stand in the place of names that they are near to.
     """
@@ -342,10 +360,10 @@ class DalleStage:
         training, self.held_out, _ = pairs_data.split(self.pairs)
         self.training = weighted(self.pairs, training)
         self.config, self.seed, self.text_folder = config, seed, text
-        begun_from = [(vqgan, "vqgan"), (text, "text_encoder"), *([(decoder, "image_decoder")] if decoder else [])]
-        for folder, part in begun_from:
+        for folder, part in [(vqgan, "vqgan"), (text, "text_encoder")]:
             if stored_config(folder, part) != getattr(config, part):
                 raise ValueError(f"{folder} holds a {part} of other sizes than --preset")
+        begun = continued(decoder, config) if decoder else None
         self.made_from = {
             "--data": self.pairs.fingerprint,
             "--preset": repr(config.image_decoder),
@@ -365,9 +383,9 @@ class DalleStage:
         cache = out / f"tokens-{digest({name: self.made_from[name] for name in ('--data', '--vqgan')})}.npy"
         self.tokens = shared_cache(cache, len(self.pairs), self._tokenise, workers)  # (P, N)
         torch.manual_seed(seed)
-        begun = load_part(decoder, "image_decoder") if decoder else ImageDecoder(config.image_decoder)
+        image_decoder = begun or ImageDecoder(config.image_decoder)
         text_encoder = load_part(text, "text_encoder").train().requires_grad_(not freeze_text)
-        self.network = DalleObjective(text_encoder, begun.train().requires_grad_(True))
+        self.network = DalleObjective(text_encoder, image_decoder.train().requires_grad_(True))
 
     def _tokenise(self, rows: range) -> np.ndarray:
         """Tokens (B, N) of the given drawings as they are."""
@@ -421,6 +439,27 @@ class DalleStage:
             self.text_folder / "tokenizer.json",
             defaults=config.defaults,
         )
+
+
+def continued(folder: Path, config: DalleConfig) -> ImageDecoder:
+    """Image decoder of a folder, with rows for the codes of FSQ dimensions that come after those it knows.
+
+    Its own dimensions keep their place in a token, so token k has the weights of the token k mod K there was: it is as
+    likely as that one, spread over the digits that are new.
+    """
+    decoder, stored = load_part(folder, "image_decoder"), stored_config(folder, "image_decoder")
+    levels, sizes = stored_config(folder, "vqgan").levels, {"vocab_size": stored.vocab_size, "bos": stored.bos}
+    fits = stored == dataclasses.replace(config.image_decoder, **sizes) and levels == config.vqgan.levels[: len(levels)]
+    if not fits or not (levels or stored == config.image_decoder):
+        raise ValueError(f"{folder} holds an image_decoder of other sizes than --preset")
+    if stored == config.image_decoder:
+        return decoder
+    rows = torch.cat([torch.arange(config.vqgan.codebook_size) % stored.bos, torch.tensor([stored.bos])])
+    weights = decoder.state_dict()
+    weights |= {name: weights[name][rows] for name in ("embed_tokens.weight", "lm_head.weight")}
+    grown = ImageDecoder(config.image_decoder)
+    grown.load_state_dict(weights)
+    return grown
 
 
 def dalle_batch(text_ids: Tensor, tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:

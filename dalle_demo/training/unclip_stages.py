@@ -46,6 +46,7 @@ from dalle_demo.training.stages import (
     VALIDATION_BATCH,
     ReconstructionObjective,
     VQGANStage,
+    begin_from,
     plain_render,
     psnr,
     resize,
@@ -75,7 +76,7 @@ CROWD = 4  # samples of one embedding whose distances are watched
 
 
 class VAEStage(VQGANStage):
-    """Train the continuous autoencoder, beginning from the VQGAN's encoder and decoder."""
+    """Train the continuous autoencoder, beginning from the VQGAN's encoder and decoder where their sizes agree."""
 
     def __init__(self, data: Path, config: VQGANConfig, vqgan: Path, seed: int = 0):
         self.start = load_part(vqgan, "vqgan")
@@ -85,14 +86,14 @@ class VAEStage(VQGANStage):
     def objective(self) -> nn.Module:
         """Network to train."""
         vae = VAE(self.config)
-        vae.encoder.load_state_dict(self.start.encoder.state_dict())
-        vae.decoder.load_state_dict(self.start.decoder.state_dict())
+        begin_from(vae.encoder, self.start.encoder)
+        begin_from(vae.decoder, self.start.decoder)
         return VAEObjective(vae)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Those of the VQGAN, and the noise (B, C, h, w) of the posterior."""
         shape = (self.config.latent_dim, self.config.grid, self.config.grid)
-        noise = [sample_rng(self.seed + 1, i).standard_normal(shape, dtype=np.float32) for i in samples]
+        noise = [sample_rng(self.seed + 2, i).standard_normal(shape, dtype=np.float32) for i in samples]
         return super().batch(samples) | {"noise": torch.from_numpy(np.stack(noise))}
 
     def validate(self, network: nn.Module) -> dict[str, float]:

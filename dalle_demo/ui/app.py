@@ -56,6 +56,8 @@ def build(shelf: Shelf) -> tuple[gr.Blocks, dict[str, Any]]:
         shown = {"outputs": tab.models.footer, "show_progress": "hidden", "api_visibility": "private", "queue": False}
         first.select(tab.models.named, [tab.models.chosen], **shown)
         gr.on([second.select, unclip.model.input], unclip.footer, [unclip.model], **shown)
+        if shelf.unclip_given:
+            tab.models.arrived.then(unclip.footer, [unclip.model], **shown)
         page.unload(tab.leave)
     page.queue(max_size=32)
     return page, {

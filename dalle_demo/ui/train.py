@@ -25,7 +25,7 @@ from dalle_demo.ui.models import ModelChoice, language_of
 from dalle_demo.ui.strings import label, megabytes, say
 from dalle_demo.ui.train_plan import EFFORTS, Plans, efforts, seconds_of, steps_of
 from dalle_demo.ui.unclip import UnclipTab
-from dalle_demo.weights import is_unclip
+from dalle_demo.weights import is_unclip, name_of
 
 if TYPE_CHECKING:
     from dalle_demo.training.jobs import Job, Jobs
@@ -704,7 +704,7 @@ class TrainTab:
             reason = say("load_failed", language, model=job.title, reason=error)
             raise gr.Error(_safe(reason), print_exception=False) from error
         key = "compared" if base else "base_not_drawn" if known else "base_gone"
-        yield say(key, language, seed=1, base=Path(preset).name), gr.skip(), before, after
+        yield say(key, language, seed=1, base=name_of(Path(preset))), gr.skip(), before, after
 
     def _draw(self, model: str, prompt: str) -> list[Any]:
         if self.shelf.is_unclip(model):

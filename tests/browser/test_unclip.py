@@ -10,7 +10,7 @@ from PIL import Image
 from dalle_demo import weights
 from dalle_demo.config import UNCLIP_PRESETS
 from dalle_demo.images import read_request
-from dalle_demo.shelf import Shelf
+from dalle_demo.shelf import UNCLIP, Shelf
 from dalle_demo.ui import frames
 
 try:
@@ -53,6 +53,20 @@ def studio(nano_folder, engine, slow, shipped, serve, tmp_path_factory) -> str:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         patch.setattr(weights, "SHIPPED", shipped)
         yield serve(Shelf(str(nano_folder), True, lambda preset, **options: engine, lambda preset: slow))
+
+
+def test_a_page_of_dalle_2_weights_opens_with_them(
+    visit, nano_folder, engine, slow, shipped, serve, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("DALLE_DEMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    slow.seconds = 0.0
+    shelf = Shelf(str(nano_folder), True, lambda preset, **options: engine, lambda preset: slow, UNCLIP)
+    page = visit(serve(shelf))
+    expect(page.locator(PICTURES)).to_have_count(4, timeout=SLOW)
+    expect(page.locator("#footer")).to_contain_text(f"Model {slow.name}")
+    page.get_by_role("tab", name="Generate").click()
+    expect(page.locator("#footer")).to_contain_text(f"Model {engine.name}")
 
 
 @pytest.fixture
