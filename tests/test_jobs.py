@@ -558,6 +558,15 @@ def test_the_zip_has_the_model_and_how_it_came_about_but_no_training_picture(run
     assert "/home" not in "".join(content.values())
 
 
+def test_a_base_that_was_trained_here_has_the_name_of_its_run(run, tmp_path):
+    base = tmp_path / "runs" / "my-dalle" / "weights"
+    base.mkdir(parents=True)
+    (base.parent / "log.jsonl").touch()
+    (run / "settings.json").write_text(json.dumps({"base": str(base), "data": "/home/me/cats"}))
+    with zipfile.ZipFile(pack(run, "my-cat", tmp_path / "my-cat.zip")) as archive:
+        assert json.loads(archive.read("my-cat/training/settings.json")) == {"base": "my-dalle"}
+
+
 def test_a_licence_goes_into_the_card_and_cannot_be_more_than_one(run):
     set_licence(run / "weights", "cc-by-4.0")
     card = (run / "weights" / "README.md").read_text()

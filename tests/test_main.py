@@ -238,7 +238,7 @@ def test_every_setting_has_a_flag_that_arrives(tmp_path, engine, monkeypatch, sp
 
 def test_help_tells_the_defaults_of_each_preset():
     help_text = " ".join(parser()._subparsers._group_actions[0].choices["generate"].format_help().split())
-    assert "From 0.05 to 2; default 1, nano 0.5." in help_text
+    assert "From 0.05 to 2; default 1, nano 0.35." in help_text
     assert "From 1 to 16; default 4, mini 1, mega 1." in help_text
     assert "From 0 to 2147483647; default random." in help_text
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle_demo.weights import name_of
-
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,39}")
 LICENCE_LINE = re.compile(r"^license_name: .*$", re.MULTILINE)  # of the model card
 
@@ -64,6 +62,8 @@ def _losses(run: Path) -> str:
 
 def _settings(run: Path) -> str:
     """Without where the pictures were, which says more of the machine than of the model."""
+    from dalle_demo.weights import name_of  # brings torch, which reading logs does not need
+
     settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     base = name_of(Path(settings.pop("base")))
     del settings["data"]
