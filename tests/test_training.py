@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import save_tiny, tiny_config
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from train_tiny import BATCH, make_plan, make_stage
 
 from dalle_demo.checkpoints import load_part, load_tokenizer
@@ -32,6 +34,7 @@ from dalle_demo.training.losses import (
     kl_divergence,
     minimax_loss,
     token_loss,
+    token_losses,
 )
 
 DRIVER = Path(__file__).with_name("train_tiny.py")
@@ -157,6 +160,20 @@ def test_token_loss_is_in_nats_a_token():
     logits[0, 1, 2] = 5.0
     expected = -logits.log_softmax(-1).gather(2, tokens[:, :, None]).mean()
     assert token_loss(logits, tokens).item() == pytest.approx(expected.item())
+    certain = F.one_hot(tokens, 10).float()
+    assert torch.equal(token_losses(logits, certain), token_losses(logits, tokens))
+
+
+def test_the_token_loss_of_bf16_logits_is_not_copied_to_fp32_but_added_up_in_it():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 64, 500).bfloat16().requires_grad_()
+    tokens = torch.randint(500, (4, 64))
+    saved = []
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
+        loss = token_loss(logits, tokens)
+    assert loss.dtype == torch.float32
+    assert torch.float32 not in saved
+    assert loss.item() == pytest.approx(token_loss(logits.float(), tokens).item(), rel=1e-3)
 
 
 def test_distillation_loss_is_one_minus_the_cosine():

@@ -29,6 +29,7 @@ from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import PAD
 from dalle_demo.training import lora
 from dalle_demo.training.finetune_stage import KEPT, KEPT_SHARE, FinetuneStage, free_names
+from dalle_demo.training.losses import token_losses
 from dalle_demo.training.stages import DalleObjective, dalle_batch, disturb, sample_rng
 from dalle_demo.weights import LARGE, Dalle, find, load_dalle
 
@@ -231,14 +232,13 @@ class KeepingObjective(DalleObjective):
     ) -> dict[str, Tensor]:
         """Losses of one batch; `of_base` (B,) marks drawings of the base, `pixels` are to be drawn from `latents`."""
         mask = text_ids != PAD
-        logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask).float()
-        losses = F.cross_entropy(logits.transpose(1, 2), image_tokens, reduction="none").mean(1)
+        logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask)
+        losses = token_losses(logits, image_tokens)
         if of_base is not None and of_base.any() and lora.has_adapters(self):
             with torch.no_grad(), lora.left_out(self):
                 ids, mask = text_ids[of_base], mask[of_base]
-                wanted = self.image_decoder(inputs[of_base], self.text_encoder(ids, mask), mask).float().softmax(-1)
-            kept = F.cross_entropy(logits[of_base].transpose(1, 2), wanted.transpose(1, 2), reduction="none").mean(1)
-            losses = losses.masked_scatter(of_base, kept)
+                wanted = self.image_decoder(inputs[of_base], self.text_encoder(ids, mask), mask).softmax(-1)
+            losses = losses.masked_scatter(of_base, token_losses(logits[of_base], wanted.to(logits.dtype)))
         token_loss = losses.mean()
         if pixels is None:
             return {"loss": token_loss}

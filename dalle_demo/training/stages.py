@@ -501,4 +501,4 @@ class DalleObjective(nn.Module):
         """Losses of one batch; `inputs` are the tokens to predict from, `image_tokens` those to predict."""
         mask = text_ids != PAD
         logits = self.image_decoder(inputs, self.text_encoder(text_ids, mask), mask)
-        return {"loss": token_loss(logits.float(), image_tokens)}
+        return {"loss": token_loss(logits, image_tokens)}
