@@ -16,6 +16,7 @@ from PIL import Image
 
 from dalle_demo import engines, shelf, weights
 from dalle_demo.__main__ import main, parser
+from dalle_demo.checkpoints import stored_hash
 from dalle_demo.config import CLIP_PRESET, MAX_SEED, GenerateParams, UnclipParams
 from dalle_demo.images import grid, read_request
 
@@ -370,6 +371,16 @@ def test_train_says_what_is_missing(tmp_path, capsys, arguments, word):
     status = main(["train", *arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     assert status == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_vqgan_begins_from_the_one_that_is_named(data_folder, tmp_path, monkeypatch):
+    made, nano = [], ROOT / "weights" / "nano"
+    monkeypatch.setattr("dalle_demo.training.loop.train", lambda make, *_: made.append(make(None)))
+    for flags in [[], ["--earlier", str(nano)]]:
+        folders = ["--data", str(data_folder), "--out", str(tmp_path)]
+        assert main(["train", "vqgan", "--steps", "1", *folders, *flags]) == 0
+    without, begun = made
+    assert (without.made_from["--earlier"], begun.made_from["--earlier"]) == ("", stored_hash(nano, "vqgan"))
 
 
 @pytest.mark.parametrize(("stage", "missing"), [("sharpen", "--vqgan"), ("dalle", "--vqgan, --text")])

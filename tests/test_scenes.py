@@ -58,6 +58,12 @@ def test_chinese_colours_are_told_of_names_without_a_colour(scenes):
     assert not [s for s in drawn(scenes, 0, 800) if s.items[0].colour and "苹果" in s.caption]
 
 
+def test_a_third_of_the_captions_are_chinese(scenes):
+    captions = [scene.caption for scene in drawn(scenes, 1, 900)]
+    chinese = sum(bool(re.search("[\u4e00-\u9fff]", caption)) for caption in captions)
+    assert chinese / len(captions) == pytest.approx(1 / 3, abs=0.05)
+
+
 def test_grey_things_are_not_recoloured(scenes):
     assert not [scene for scene in drawn(scenes, 2) if scene.items[0].colour]
     assert 2 not in scenes.hues

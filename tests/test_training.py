@@ -103,6 +103,14 @@ def test_average_starts_as_a_copy_and_follows_over_a_twentieth():
     assert ema.weight.item() / 3000 == pytest.approx(17.97 / 18.97, rel=1e-3)
 
 
+def test_memory_is_given_back_at_every_line_of_the_log(stage_of, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(loop, "LOG_EVERY", 3)
+    monkeypatch.setattr(loop, "give_back_memory", lambda: given.append(1))
+    train(stage_of("text", tmp_path), make_plan(7), tmp_path)
+    assert len(given) == 2
+
+
 def test_average_of_a_constant_is_the_constant():
     network, ema = nn.Linear(3, 3), nn.Linear(3, 3)
     for step in range(1, 50):
@@ -399,6 +407,24 @@ def test_dalle_goes_on_with_a_decoder_and_can_leave_the_text_encoder(data_folder
     after = {part: load_part(tmp_path / "weights", part) for part in before}
     assert_equal_states(after["text_encoder"], before["text_encoder"])
     assert not torch.equal(after["image_decoder"].lm_head.weight, before["image_decoder"].lm_head.weight)
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with(data_folder, nano_folder, tmp_path):
+    """A frozen text encoder stays so, and the VQGAN that one was begun from is the same."""
+    folders, config = (data_folder, tiny_config(), nano_folder, nano_folder, tmp_path / "dalle"), tiny_config().vqgan
+
+    def dalle(freeze):
+        train(lambda workers: stages.DalleStage(*folders, workers, freeze_text=freeze), make_plan(1), folders[-1], True)
+
+    def vqgan(earlier):
+        out = tmp_path / "vqgan"
+        train(lambda workers: stages.VQGANStage(data_folder, config, earlier=earlier), make_plan(1), out, True)
+
+    for run, first, other, flag in [(dalle, True, False, "--freeze-text"), (vqgan, nano_folder, None, "--earlier")]:
+        run(first)
+        run(first)
+        with pytest.raises(ValueError, match=f"another {flag}"):
+            run(other)
 
 
 def test_a_decoder_of_fewer_codes_goes_on_with_more(nano_folder):

@@ -63,11 +63,6 @@ class Scene:
     caption: str
 
 
-def plain_scene(index: int) -> Scene:
-    """A drawing as it is, on white."""
-    return Scene((Item(index, 1.0, (0.0, 0.0)),), None, "")
-
-
 class Scenes:
     """Draws scenes from the drawings of `indices`."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -20,7 +21,7 @@ from dalle_demo.checkpoints import load_part, load_tokenizer, save_parts, stored
 from dalle_demo.config import DalleConfig, TextEncoderConfig, VQGANConfig
 from dalle_demo.data import pairs as pairs_data
 from dalle_demo.data.pairs import WHITE, Pairs, render
-from dalle_demo.data.scenes import Scenes, plain_scene
+from dalle_demo.data.scenes import Scenes
 from dalle_demo.models.discriminator import PatchDiscriminator
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
@@ -108,27 +109,29 @@ class VQGANStage:
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W), and where the perceptual crop lies."""
         indices = shuffled(self.training, self.seed, samples)
-        draws = [self._augment(sample_rng(self.seed, sample), i) for sample, i in zip(samples, indices, strict=True)]
-        colours, zoom, shift, flip, order = (torch.tensor(np.array(column)) for column in zip(*draws, strict=True))
-        pixels = render(self.pairs.pictures(indices), colours, zoom, shift, flip)
-        pixels = pixels.gather(1, order[:, :, None, None].expand_as(pixels))
+        rngs = [sample_rng(self.seed, sample) for sample in samples]
+        pixels = [self._picture(rng, i) for rng, i in zip(rngs, indices, strict=True)]
         spare = max(1, self.config.image_size - PERCEPTUAL_CROP + 1)
-        top, left = sample_rng(self.seed, samples[0]).integers(spare, size=2).tolist()
-        pixels = resize(pixels, self.config.image_size)
-        for place, (sample, i) in enumerate(zip(samples, indices, strict=True)):
-            rng = sample_rng(self.seed + 1, sample)
-            if rng.random() < AS_DRAWN:
-                scene = self.scenes.draw(i, rng) if rng.random() < SCENE_SHARE else plain_scene(i)
-                pixels[place] = resize(self.scenes.render([scene]), self.config.image_size)[0]
-        return {"pixels": pixels, "top": top, "left": left}
+        top, left = rngs[0].integers(spare, size=2).tolist()
+        return {"pixels": torch.cat(pixels), "top": top, "left": left}
 
-    def _augment(self, rng: np.random.Generator, index: int) -> tuple:
-        colours = np.float32(WHITE if rng.random() < 0.5 else rng.integers(256, size=3))
-        zoom = np.float32(rng.uniform(0.7, 1.1))
-        shift = rng.uniform(-0.15, 0.15, size=2).astype(np.float32)
-        flip = rng.random() < 0.5
-        order = rng.permutation(3) if rng.random() < 0.2 else np.arange(3)  # swapped channels: new hues
-        return colours, zoom, shift, flip, order
+    def _picture(self, rng: np.random.Generator, index: int) -> Float[Tensor, "1 3 H W"]:
+        """Drawing as it is, scene about it, or varied drawing."""
+        if rng.random() >= AS_DRAWN:
+            pixels = self._varied(rng, index)
+        elif rng.random() < SCENE_SHARE:
+            pixels = self.scenes.render([self.scenes.draw(index, rng)])
+        else:
+            return plain_render(self.pairs, np.array([index]), self.config.image_size)
+        return resize(pixels, self.config.image_size)
+
+    def _varied(self, rng: np.random.Generator, index: int) -> Float[Tensor, "1 3 S S"]:
+        colour = np.float32(WHITE if rng.random() < 0.5 else rng.integers(256, size=3))
+        zoom, shift = rng.uniform(0.7, 1.1, size=1), rng.uniform(-0.15, 0.15, size=(1, 2))
+        flip = rng.random(1) < 0.5
+        places = (torch.from_numpy(np.float32(value)) for value in (colour[None], zoom, shift))
+        pixels = render(self.pairs.pictures(np.array([index])), *places, torch.from_numpy(flip))
+        return pixels[:, rng.permutation(3)] if rng.random() < 0.2 else pixels  # swapped channels: new hues
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """PSNR of held-out drawings in dB, and how much of the codebook they use; nothing without any."""
