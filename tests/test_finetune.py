@@ -231,7 +231,7 @@ def test_what_is_kept_when_it_is_stopped_is_what_is_told(settings, tmp_path, mon
     asking(monkeypatch, tmp_path, {5: "save", 11: "stop"})
     finetune.finetune(settings(), tmp_path)
     assert f"{kept} of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
-    assert state(tmp_path)["notice"]["values"]["best"] == kept
+    assert state(tmp_path)["notice"] == {"key": "ended", "values": {"best": kept}}  # with no word of going on
 
 
 def test_a_word_written_while_another_is_read_is_heard_too(tmp_path, monkeypatch):

@@ -39,6 +39,8 @@ DOINGS = {
 NOTICES = {
     "early": "It is too early to say more.",
     "learning": "Going well: pictures trained on and held out are, taken together, predicted better than ever.",
+    "ended": "Pictures trained on and held out were, taken together, predicted best at step {best}, which is what was "
+    "kept.",
     "waiting": "Pictures trained on and held out were, taken together, predicted best at step {best}, which is kept; "
     "that often changes again.",
     "worse": "Worse than the base so far: pictures were predicted better before the training.",
@@ -49,6 +51,8 @@ NOTICES = {
     "nothing_held_out": "There are too few different pictures to hold any out, so nothing can tell learning from "
     "learning by heart: judge by the previews.",
 }
+
+ADVICE = ("learning", "waiting", "by_heart")  # what to make of a run that has not ended
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ class Watch(Monitor):
             state, message = "stopped", "What was best until now is kept."
         else:
             state, message = "paused", f"With --resume it goes on at step {self.step} of {self.steps}."
+        if state != "paused" and self.notice.key in ADVICE:
+            self.notice = Notice("ended", {"best": self.notice.values["best"]})
         self._tell(state, message)
         self.say(message)
 

@@ -132,7 +132,7 @@ LABELS = {
         "section_words": "From words",
         "section_variations": "Variations",
         "section_blend": "Blend",
-        "section_edit": "Edit by words",
+        "section_edit": "Change a picture by words",
         "section_walk": "Walk",
         "style": "Style",
         "style_any": "any",
@@ -256,7 +256,7 @@ LABELS = {
         "section_words": "由文字生成",
         "section_variations": "变体",
         "section_blend": "融合",
-        "section_edit": "用文字修改",
+        "section_edit": "用文字修改图片",
         "section_walk": "漫步",
         "style": "风格",
         "style_any": "不限",
@@ -268,7 +268,7 @@ LABELS = {
         "second": "第二个描述",
         "second_placeholder": "一个绿色的梨",
         "share": "从第一个描述到第二个",
-        "change": "用文字改变",
+        "change": "用文字修改",
         "change_from": "从",
         "change_to": "变成",
         "change_strength": "改变的强度",
@@ -434,6 +434,8 @@ SENTENCES = {
         "watch_early": "It is too early to say more.",
         "watch_learning": "Going well: pictures trained on and held out are, taken together, predicted better "
         "than ever.",
+        "watch_ended": "Pictures trained on and held out were, taken together, predicted best at step {best}, which is "
+        "what was kept.",
         "watch_waiting": "Pictures trained on and held out were, taken together, predicted best at step {best}, which "
         "is kept; that often changes again.",
         "watch_worse": "Worse than the base so far: pictures were predicted better before the training.",
@@ -444,7 +446,8 @@ SENTENCES = {
         "watch_nothing_held_out": "There are too few different pictures to hold any out, so nothing can tell learning "
         "from learning by heart: judge by the previews.",
         "reconstruction": "Above, your pictures; below, how the model rebuilds them before training.",
-        "previews_at": "Previews at step {step}, the same seeds each time; below each, the nearest of your pictures.",
+        "previews_at": "Previews at step {step}, the same seeds each time; below each, the nearest of your pictures. "
+        "The rows with step numbers show how the first one has changed.",
         "row_yours": "Your prompt",
         "row_unseen": "A prompt that it does not learn from",
         "row_generic": "Something else, to see what it forgets",
@@ -617,6 +620,7 @@ SENTENCES = {
         "short_failed": "失败",
         "watch_early": "现在下结论还太早。",
         "watch_learning": "进展顺利：训练图片与留出图片合起来，预测好于以往。",
+        "watch_ended": "训练图片与留出图片合起来，预测以第 {best} 步为最好，已保留。",
         "watch_waiting": "训练图片与留出图片合起来，预测以第 {best} 步为最好，已保留；之后常常还会变好。",
         "watch_worse": "目前还不如基础模型：训练之前的预测更好。",
         "watch_by_heart": "训练图片与留出图片合起来，预测以第 {best} 步为最好，已过去 {count} 个检查点："
@@ -626,7 +630,8 @@ SENTENCES = {
         "多一些图片或少一些步数会有帮助；第 {best} 步已保留。",
         "watch_nothing_held_out": "不同的图片太少，无法留出，因此分辨不了学会和死记：请看预览来判断。",
         "reconstruction": "上面是你的图片，下面是训练前模型还原它们的样子。",
-        "previews_at": "第 {step} 步的预览，每次种子相同；每张下面是你的图片中最接近的一张。",
+        "previews_at": "第 {step} 步的预览，每次种子相同；每张下面是你的图片中最接近的一张。"
+        "带步数的一排是第一张的变化过程。",
         "row_yours": "你的描述",
         "row_unseen": "没有用来学习的描述",
         "row_generic": "别的东西，看它忘了多少",

@@ -104,8 +104,10 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
   position: absolute; top: 4px; left: 4px; padding: 0 6px; border-radius: var(--radius-sm); font-size: .75rem;
   color: white; background: var(--neutral-700);
 }
-#previews .strip { display: flex; flex-wrap: wrap; gap: 4px; margin-top: 6px; }
-#previews .strip img { width: 56px; height: 56px; }
+#previews .strip { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 6px; }
+#previews .strip figure { width: 64px; margin: 0; text-align: center; }
+#previews .strip img { width: 56px; height: 56px; margin: 0 auto; }
+#previews .strip figcaption { color: var(--body-text-color-subdued); font-size: .7rem; }
 #compare { gap: 12px; }
 #compare .heading p { font-weight: 600; }
 #before .caption-label, #tuned .caption-label { display: none; }

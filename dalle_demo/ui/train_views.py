@@ -131,7 +131,8 @@ def previews_of(data: Path, previews: Sequence[Mapping[str, Any]], language: str
         strip = []
         for preview, tile in zip(previews, tiles, strict=True):
             step = _text(say("at_step", language, step=preview["step"]))
-            strip.append(f'<img src="{_data(_smaller(tile[number][0], 96))}" alt="{step}" title="{step}">')
+            small = _data(_smaller(tile[number][0], 96))
+            strip.append(f'<figure><img src="{small}" alt=""><figcaption>{step}</figcaption></figure>')
         parts.append(
             f'<section><p>{heading}</p><div class="pairs">{"".join(pairs)}</div>'
             f'<div class="strip">{"".join(strip)}</div></section>'
