@@ -116,7 +116,7 @@ class Features:
 
 
 def main() -> None:
-    """Run all sets and write one JSON."""
+    """Run all sets and write one JSON, anew after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emoji", type=Path, required=True, help="folder made by `data emoji`: unrelated drawings")
     parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and sheets of samples")
@@ -133,9 +133,9 @@ def main() -> None:
     unrelated = alignment(draw(base, list(references)), references, features)
     for name in options.sets:
         results[name] = measure(name, options, base, features, references, unrelated)
-    summary = {"base": options.base, "flags": options.train, "sets": results}
-    summary["passed"] = [name for name, one in results.items() if one["passed"]]
-    (options.out / "finetune.json").write_text(json.dumps(summary, indent=1) + "\n")
+        summary = {"base": options.base, "flags": options.train, "sets": results}
+        summary["passed"] = [name for name, one in results.items() if one["passed"]]
+        (options.out / "finetune.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
 
 

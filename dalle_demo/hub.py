@@ -151,7 +151,8 @@ def upload(folder: Path, repo: str, patterns: list[str], private: bool, token: s
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not _describe(repo, "main", token)["private"]:
-            raise HubError(f"{repo} is there already and public: make it private on the Hub first, or leave --private")
+            first = "make it private on the Hub first, or do not ask for a private one"
+            raise HubError(f"{repo} is there already and public: {first}")
         message = "Add weights in the format of dalle_demo"
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns, commit_message=message)
     except HubError:
@@ -433,7 +434,7 @@ def _status_sentence(error: errors.HfHubHTTPError, status: int, repo: str, verb:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the Hub has no repository {repo}, or it is private ({status}): then {token}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no such revision ({status}): leave --revision, or give the 40 digits of another commit"
+        return f"{repo} has no such revision ({status}): leave out --revision, or give the 40 digits of another commit"
     if status in (401, 403):
         return f"the Hub refuses to {verb} {repo} ({status}): {token}"
     if status == 404:

@@ -13,7 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Own:
-    """A model of one visitor's; `change` is what is done to it when it is loaded."""
+    """A model of one visitor's; `change` is what is done to it when it is loaded, `written` when its files were."""
 
     title: str
-    change: Callable[[Dalle], Dalle]
+    written: int
+    change: Callable[[Dalle], Dalle] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class OwnUnclip:
     """A DALL-E 2 model of one visitor's."""
 
     title: str
+    written: int
     folder: Path
 
     def named(self, model: Unclip) -> Unclip:
@@ -157,14 +159,17 @@ class Shelf:
                 known.update(dict.fromkeys([name], alike[0]) if alike else {})
             self._configs = self._configs | {name: config}  # new ones: others may be going through these
             self._presets = self._presets | {name: str(folder)}
-            self._own = self._own | {name: Own(title, change)}
+            own, before = Own(title, _written(folder), change), self._own.get(name, None)
+            self._own = self._own | {name: own}
+            if name == self.loaded and own != before:  # it has another title, or was trained on
+                self.loaded = None
 
     def adopt_unclip(self, name: str, title: str, folder: Path) -> None:
         """The same of a DALL-E 2 model, for `unclip`."""
-        own = OwnUnclip(title, folder)
+        own = OwnUnclip(title, _written(folder), folder)
         if self._own_unclips.get(name) != own:
             with self._unclip_door:
-                self._unclips.pop(name, None)  # which has another title
+                self._unclips.pop(name, None)  # which has another title, or was trained on
                 self._own_unclips = self._own_unclips | {name: own}
 
     def is_unclip(self, name: str) -> bool:
@@ -413,6 +418,11 @@ class Download:
 
     def _report(self, done: int, total: int) -> None:
         self.progress = (done, total)
+
+
+def _written(folder: Path) -> int:
+    """When the model of a folder was stored."""
+    return (folder / "config.json").stat().st_mtime_ns
 
 
 def free_memory() -> int | None:

@@ -1,5 +1,6 @@
 """One model in memory at a time, to each request its own; downloads that end when nobody waits for them."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -193,6 +194,25 @@ def test_a_model_that_comes_back_draws_as_it_did(stocked, nano_folder):
     assert borrow(stocked, "tiny") == expected != draw(load(str(nano_folder)))
     assert asked == [{"form": "bfloat16", "threads": 1}]
     assert stocked.facts("tiny") == ("bfloat16", 1)
+
+
+def test_a_tuned_model_that_was_renamed_or_trained_on_is_loaded_anew(stocked, other_folder, tmp_path):
+    folder = Path(shutil.copytree(other_folder, tmp_path / "weights"))
+    stocked._load_engine = lambda preset, change=lambda model: model, **_: DalleEngine(
+        change(weights.load_dalle(preset)), threads=1, form="float32"
+    )
+
+    def adopted(title):
+        stocked.adopt("secret@1", title, folder, lambda model: dataclasses.replace(model, name=title))
+        with stocked.lend("secret@1", threading.Event()) as engine:
+            return engine
+
+    first = adopted("Mine")
+    assert adopted("Mine") is first
+    second = adopted("Ours")
+    assert (first.name, second.name) == ("Mine", "Ours")
+    os.utime(folder / "config.json", ns=(1, 1))
+    assert adopted("Ours") is not second
 
 
 def test_the_old_model_is_gone_before_the_next_is_read(stocked):

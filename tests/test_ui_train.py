@@ -208,7 +208,7 @@ def test_a_base_that_cannot_be_drawn_is_not_called_gone(page, nano_folder, monke
     job = tuned(page, nano_folder)
     (page.train.jobs.run(job) / "settings.json").write_text(json.dumps({"base": "mini-flax"}))
     monkeypatch.setattr(page.shelf, "trainable", lambda: {"mini-flax": "mini-flax"} if there else {})
-    monkeypatch.setattr(page.train, "_draw", lambda model, prompt: [model])
+    monkeypatch.setattr(page.train, "_draw", lambda model, prompt, stop: [model])
     *_, (told, _, before, after) = page.train.compare(REQUEST, ME, job.id, "a red box", 1.0)
     assert told == say(key, "en", base="mini-flax")
     assert (before, after) == ([], [f"{job.id}@1"])
@@ -226,7 +226,8 @@ def test_a_model_is_pushed_with_the_visitors_token_which_is_kept_nowhere(page, n
     (left / "README.md").write_text("---\nlicense: other\nlicense_name: fill-in\n---\n# Mine\n")
     with hub_stub.serving(tmp_path / "hub", monkeypatch) as hub:
         hub.token = token
-        told, box = page.train.press_push(REQUEST, ME, job.id, "tester/mine", token, True, "cc0-1.0")
+        (sending, _), (told, box) = page.train.press_push(REQUEST, ME, job.id, "tester/mine", token, True, "cc0-1.0")
+        assert sending == "Sending it to tester/mine…"
         assert told == f"It is at {hub.endpoint}/tester/mine"
         assert box == ""
         assert hub.repos["tester/mine"].private
@@ -237,6 +238,30 @@ def test_a_model_is_pushed_with_the_visitors_token_which_is_kept_nowhere(page, n
         monkeypatch.setenv("HF_TOKEN", token)
         back = repos.pull("tester/mine")
         assert load_dalle(str(back)).sha256 == load_dalle(str(nano_folder)).sha256
+
+
+def test_who_may_not_publish_hears_what_a_visitor_can_do(page, nano_folder, tmp_path, monkeypatch):
+    job = tuned(page, nano_folder)
+    (page.train.jobs.weights(job) / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    with hub_stub.serving(tmp_path / "hub", monkeypatch) as hub:
+        hub.token = "another one"
+        *_, (told, box) = page.train.press_push(REQUEST, ME, job.id, "tester/mine", "hf_mine", False, "")
+    assert told == say("push_failed", "en", reason=say("push_refused", "en"))
+    assert box == ""
+
+
+def test_no_more_is_compared_for_a_page_that_is_closed(page, tuned_unclip):
+    steps = page.train.compare(REQUEST, ME, tuned_unclip.job.id, "a red box", 1.0)
+    next(steps)
+    page.train.leave(REQUEST)
+    assert list(steps)[-1][2:] == ([], [])
+    assert not page.train._comparing
+    assert page.train.own_unclips(REQUEST) == [tuned_unclip.name], "as when a connection broke for a moment"
+
+
+def test_a_page_that_has_forgotten_what_it_shows_shows_the_newest(page, tuned_unclip):
+    shown = page.train.poll(REQUEST, ME, "", {}, False, False)
+    assert shown[page.train.viewed] == tuned_unclip.job.id
 
 
 def test_a_damaged_model_is_left_out_and_the_others_are_offered(page, nano_folder):

@@ -332,6 +332,9 @@ def test_each_visitor_has_so_many_pictures_whatever_the_others_upload(sources, m
     first = sources.keep("quiet", "first")
     names = [sources.keep("greedy", number) for number in range(5)]
     assert found(sources, [first, *names]) == ["first", 3, 4]
+    sources.find(names[3])
+    sources.keep("greedy", 5)
+    assert found(sources, names) == [3], "one that is still shown stays longer than one that is not"
 
 
 def test_all_visitors_together_have_so_many_pictures(sources, monkeypatch):
@@ -360,7 +363,7 @@ def test_an_upload_that_cannot_be_used_is_refused_in_a_sentence(tab, tmp_path, m
     assert tab.sources.find(kept).name == "broken"
     assert tab.see(ENGLISH, None, UNCLIP)[1] == ""
     assert tab.see(ENGLISH, {"path": str(path)}, "guessed")[1] == ""
-    assert warned[-1].startswith("unclip-nano could not be loaded: it has just been deleted")
+    assert warned[-1] == "This model is no longer here; choose another."
 
 
 @pytest.mark.parametrize(
@@ -417,7 +420,7 @@ def test_a_tuned_model_is_drawn_with_by_its_name_and_not_by_a_guess(tab, shipped
     for name in ("secret@1", "guessed", 7):
         told = draw(tab, model=name)
         assert told["wrong"]
-        assert "deleted" in told["said"]
+        assert told["said"] == "This model is no longer here; choose another."
 
 
 def test_what_is_remembered_of_an_engine_does_not_keep_it(shipped):

@@ -63,11 +63,12 @@ class Source:
 class Sources:
     """Pictures by a name that nobody can guess: the page that was told it is the only one that can ask for it.
 
-    Of each visitor the last KEPT_EACH are kept. Where all together have more than KEPT, one of whoever has most goes.
+    Of each visitor the KEPT_EACH that were asked for last are kept. Where all together have more than KEPT, one of
+    whoever has most goes.
     """
 
     def __init__(self):
-        self._kept: dict[str, tuple[str | None, Source]] = {}  # with the visitor, the oldest first
+        self._kept: dict[str, tuple[str | None, Source]] = {}  # with the visitor, the one asked for longest ago first
         self._lock = threading.Lock()
 
     def keep(self, visitor: str | None, source: Source) -> str:
@@ -86,9 +87,11 @@ class Sources:
         del self._kept[next(name for name, (owner, _) in self._kept.items() if owner == visitor)]
 
     def find(self, name: Any) -> Source:
-        """The picture of a name; raises MissingError when it was not kept."""
+        """The picture of a name, now the visitor's newest; raises MissingError when it was not kept."""
         try:
-            return self._kept[name][1]
+            with self._lock:
+                self._kept[name] = self._kept.pop(name)
+                return self._kept[name][1]
         except (KeyError, TypeError) as error:
             raise MissingError("picture_gone") from error
 

@@ -140,7 +140,7 @@ class GenerateTab:
             begun = start(
                 self.begin,
                 [self.randomise],
-                [*buttons, self.gallery, self.controls["seed"], self.status],
+                [*buttons, self.gallery, self.controls["seed"], self.status, self.vary],
                 inputs_kwargs=self.controls,
                 preprocess=False,
                 validator=self.validate,
@@ -181,7 +181,8 @@ class GenerateTab:
         _, params = self._accepted(_with_seed(settings, randomise), language_of(request))
         self.runs.begin(request.session_hash)
         columns = gr.Gallery(columns=math.ceil(math.sqrt(params.n)))
-        return *_buttons(running=True), columns, params.seed, say("waiting", language_of(request))
+        waiting, vary = say("waiting", language_of(request)), gr.Button(visible=False)  # of a picture that is to go
+        return *_buttons(running=True), columns, params.seed, waiting, vary
 
     def refuse(self, request: gr.Request, randomise: bool, **settings: Any) -> Any:
         """Say beside the pictures too, which are of an earlier request, what stands at a control out of sight."""

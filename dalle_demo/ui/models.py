@@ -57,7 +57,7 @@ class ModelChoice:
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         panel = [self.panel, self.text, self.download, self.dismiss, self.cancel]
         self.shown = shown = [self.model, self.chosen, self.offered, self.footer, *panel, *sliders.values()]
-        self.model.input(self.choose, [self.model, self.chosen], shown, queue=False, **quiet)
+        self.model.input(self.choose, [self.model, self.chosen], shown, **quiet)  # gr.Info needs the queue
         self.download.click(
             self.fetch,
             [self.offered],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from dalle_demo.config import ParamError
+from dalle_demo.hub import HubError
 from dalle_demo.images import slug
 from dalle_demo.shelf import Shelf, ShelfError
 from dalle_demo.turns import Engine
@@ -38,6 +39,8 @@ BUTTONS = {  # that make sense in a state
     "stop_training": ("waiting", "preparing", "running", "pausing", "paused"),
 }
 COLOURS = ("#047857", "#d97706", "#a7c4b9")  # training, validation, each value
+RANKS = [4, 8, 16, 32, 64]  # each is measured when it is chosen
+VISITORS = 10_000  # of whom it is known whose models are theirs
 SAMPLES = 4  # pictures before, and as many after
 EMPTY: Any = ""  # of a number: gradio's page makes a 0 of None
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -60,7 +63,8 @@ class TrainTab:
     ):
         self.shelf, self.models, self.unclip, self.tabs = shelf, models, unclip, tabs
         self.jobs = open_jobs()
-        self._owners: dict[str, str] = {}  # of browser sessions
+        self._owners: dict[str, str] = {}  # of browser sessions, the latest last
+        self._comparing: dict[str, threading.Event] = {}  # their stop flags
         self.plans = Plans(shelf, self.jobs)
         self.owner = owner
         self.viewed, self.seen = gr.State(""), gr.State({})
@@ -120,7 +124,7 @@ class TrainTab:
                 elem_id="method",
             )
         with gr.Row(visible=adaptable) as self.adapters:
-            self.rank = gr.Slider(1, 64, 16, step=1, label=t("rank"), info=t("rank_help"), elem_id="rank")
+            self.rank = gr.Radio(RANKS, value=16, label=t("rank"), info=t("rank_help"), elem_id="rank")
             self.text_encoder = gr.Checkbox(
                 False, label=t("text_encoder"), info=t("text_encoder_help"), elem_id="text_encoder"
             )
@@ -229,11 +233,11 @@ class TrainTab:
         self.models.arrived.then(self.offer_own, [self.owner], own_models, **at_once)
         read = self.upload.upload(self.prepare, [*me, self.upload], self.everything, **QUIET, concurrency_limit=2)
         picked = self.picker.input(self.pick, [self.owner, self.picker], self.everything, **at_once)
-        renewed = self.new.click(self.renew, [self.owner], self.everything, **at_once)
+        renewed = self.new.click(self.renew, [self.owner], self.everything, **QUIET)  # gr.Info needs the queue
         for event in (arrived, read, picked, renewed):
             self._measure(event, probed, planned)
         self.base.input(self.fit, [self.base], [self.method, self.adapters], **at_once)
-        for choose in (self.base.input, self.method.input, self.text_encoder.input, self.rank.release):
+        for choose in (self.base.input, self.method.input, self.text_encoder.input, self.rank.input):
             self._measure(choose(self.show_plan, probed, planned, **at_once), probed, planned)
         for choice in (self.effort, self.steps, self.consent):
             choice.input(self.show_plan, probed, planned, **at_once)
@@ -269,7 +273,7 @@ class TrainTab:
             concurrency_limit=4,
         )
         self.delete.click(lambda: gr.Button(visible=True), None, self.delete_sure, **at_once)
-        deleted = self.delete_sure.click(self.press_delete, me, self.everything, **at_once)
+        deleted = self.delete_sure.click(self.press_delete, me, self.everything, **QUIET)
         for event in (compared, renamed, deleted):
             chosen = [self.owner, self.models.chosen, self.unclip.model]
             event.then(self.follow, chosen, [*self.models.shown, self.unclip.model], **at_once)
@@ -282,19 +286,30 @@ class TrainTab:
         from dalle_demo.training.jobs import new_owner
 
         owner = owner if isinstance(owner, str) and owner else new_owner()
-        self._owners[request.session_hash] = owner
+        self._belongs(request, owner)
         job = next(iter(self.jobs.of(owner)), None)
         return {self.owner: owner} | self._view(request, owner, job)
 
     def offer_own(self, request: gr.Request, owner: str) -> tuple:
         """Put the visitor's models among those of the other tabs."""
-        self._owners[request.session_hash] = owner
+        self._belongs(request, owner)
         dalles = gr.Dropdown(self.models.choices(request)) if self.own(request) else gr.skip()
         return dalles, self.unclip.offer(request, self.shelf.unclip_home) if self.own_unclips(request) else gr.skip()
 
     def leave(self, request: gr.Request) -> None:
-        """Forget a closed page; its jobs go on."""
+        """Draw no more for a closed page; its jobs go on.
+
+        Whose it is stays known: gradio calls a page closed, too, whose connection broke for a moment.
+        """
+        if comparing := self._comparing.get(request.session_hash):
+            comparing.set()
+
+    def _belongs(self, request: gr.Request, owner: str) -> None:
+        """Remember whose a page is."""
         self._owners.pop(request.session_hash, None)
+        self._owners[request.session_hash] = owner
+        if len(self._owners) > VISITORS:
+            del self._owners[next(iter(self._owners))]
 
     def own(self, request: gr.Request) -> list[str]:
         """Names on the shelf of the visitor's tuned DALL-E models."""
@@ -319,7 +334,7 @@ class TrainTab:
 
     def follow(self, request: gr.Request, owner: str, chosen: str, unclip: str) -> dict:
         """Keep the choice of the other tabs a model that there is, when the visitor's have changed."""
-        self._owners[request.session_hash] = owner
+        self._belongs(request, owner)
         offered = {self.unclip.model: self.unclip.offer(request, unclip)}
         own = {name.partition("@")[0]: name for name in self.own(request)}
         now = chosen if chosen in self.shelf.names() else own.get(chosen.partition("@")[0], self.shelf.home)
@@ -368,11 +383,11 @@ class TrainTab:
         try:
             return self._adopt(job)
         except (ValueError, OSError) as error:
-            raise _refusal(error, request, self.jobs.run(job)) from error
+            raise _refusal(error, request, self.jobs.run(job), "not_done") from error
 
     def _job(self, request: gr.Request, owner: str, name: str) -> "Job":
         """The job that the page shows; gr.Error where it is not this visitor's."""
-        self._owners[request.session_hash] = owner
+        self._belongs(request, owner)
         try:
             return self.jobs.get(owner, name)
         except ValueError as error:
@@ -528,7 +543,7 @@ class TrainTab:
                 job = self.jobs.create(owner)
                 if self.plans.pictures(job):  # of another tab: to be replaced where it is seen only
                     raise JobError("draft_kept")
-            self._owners[request.session_hash] = owner
+            self._belongs(request, owner)
             with tempfile.TemporaryDirectory(dir=self.jobs.run(job), ignore_cleanup_errors=True) as folder:
                 uploads.prepare(sources, Path(folder, "data"))
                 self.jobs.put_data(job, Path(folder, "data"))
@@ -657,9 +672,9 @@ class TrainTab:
         """What has changed since the last look."""
         try:
             job = self.jobs.get(owner, name)
-        except ValueError:  # deleted in another tab
-            return self._view(request, owner, None)
-        self._owners[request.session_hash] = owner
+        except ValueError:  # deleted in another tab, or gradio has forgotten which
+            return self._view(request, owner, next(iter(self.jobs.of(owner)), None))
+        self._belongs(request, owner)
         return self._changes(request, owner, job, seen, raw, logarithmic) or {self.seen: gr.skip()}
 
     def press_pause(self, request: gr.Request, owner: str, name: str, *looks: bool) -> dict:
@@ -693,24 +708,28 @@ class TrainTab:
         known = next((one for one, at in self.shelf.trainable().items() if at == preset), None)
         drawn_with = [*self.shelf.names(), *self.shelf.unclips()]  # some are there to be trained only
         base = known if known in drawn_with else None
+        self._comparing[request.session_hash] = stop = threading.Event()
         try:
             yield say("drawing_before", language), gr.Row(visible=True), gr.skip(), gr.skip()
-            before = self._draw(base, prompt) if base else []
+            before = self._draw(base, prompt, stop) if base else []
             yield say("drawing_after", language), gr.skip(), before, gr.skip()
-            after = self._draw(tuned, prompt)
+            after = self._draw(tuned, prompt, stop)
         except ParamError as error:
             raise gr.Error(_safe(error), print_exception=False) from error
         except ShelfError as error:
             reason = say("load_failed", language, model=job.title, reason=error)
             raise gr.Error(_safe(reason), print_exception=False) from error
+        finally:
+            self._comparing.pop(request.session_hash, None)
         key = "compared" if base else "base_not_drawn" if known else "base_gone"
         yield say(key, language, seed=1, base=name_of(Path(preset))), gr.skip(), before, after
 
-    def _draw(self, model: str, prompt: str) -> list[Any]:
+    def _draw(self, model: str, prompt: str, stop: threading.Event) -> list[Any]:
+        """Pictures to compare; none once `stop` is set."""
         if self.shelf.is_unclip(model):
-            return _drawn(self.shelf.unclip(model), prompt)
-        with self.shelf.lend(model, threading.Event()) as engine:
-            return _drawn(engine, prompt)
+            return _drawn(self.shelf.unclip(model), prompt, stop)
+        with self.shelf.lend(model, stop) as engine:
+            return _drawn(engine, prompt, stop) if engine else []
 
     def use_model(self, request: gr.Request, owner: str, name: str, strength: float) -> dict:
         """Choose the tuned model in the tab of its engine, and go there."""
@@ -731,6 +750,7 @@ class TrainTab:
         from dalle_demo.training import export
 
         job, language = self._job(request, owner, name), language_of(request)
+        yield gr.DownloadButton(visible=False), say("packing", language)
         try:
             self._weights(job)
             self._licensed(job, licence)
@@ -741,27 +761,33 @@ class TrainTab:
                 told = say("exported", language, size=megabytes(file.stat().st_size), command=command)
                 yield gr.DownloadButton(value=str(file), visible=True), told  # copied when gradio asks for more
         except (ValueError, OSError) as error:
-            raise _refusal(error, request) from error
+            yield gr.skip(), ""
+            raise _refusal(error, request, self.jobs.run(job), "not_done") from error
 
     def press_push(
         self, request: gr.Request, owner: str, name: str, repo: str, token: str, private: bool, licence: str
-    ) -> tuple:
+    ) -> Iterator[tuple]:
         """Upload to the visitor's repository; the token is used for that and forgotten."""
         from dalle_demo import repos
         from dalle_demo.training.jobs import JobError
 
         job, language = self._job(request, owner, name), language_of(request)
         if not repo.strip() or not token.strip():
-            return say("need_token", language), gr.skip()
+            yield say("need_token", language), gr.skip()
+            return
+        yield say("pushing", language, repo=_safe(repo.strip())), gr.skip()
         try:
             self._weights(job)
             self._licensed(job, licence)
             address = repos.push(str(self._weights(job)), repo.strip(), private, token.strip())
         except JobError as error:
+            yield "", ""
             raise _refusal(error, request) from error
         except (ValueError, OSError) as error:
-            return say("push_failed", language, reason=_safe(error)), ""
-        return say("pushed", language, address=address), ""
+            log.info("a push failed: %s", type(error).__name__)
+            yield say("push_failed", language, reason=_push_failure(error, self.jobs.run(job), language)), ""
+        else:
+            yield say("pushed", language, address=address), ""
 
     def _licensed(self, job: "Job", licence: str) -> None:
         from dalle_demo.training import export
@@ -787,10 +813,9 @@ def open_jobs() -> "Jobs":
     return Jobs()
 
 
-def _drawn(engine: Engine, prompt: str) -> list[Any]:
-    """Pictures to compare."""
-    *_, last = engine.generate(engine.params(prompt, n=SAMPLES, seed=1), previews=False)
-    return last.images
+def _drawn(engine: Engine, prompt: str, stop: threading.Event) -> list[Any]:
+    updates = engine.generate(engine.params(prompt, n=SAMPLES, seed=1), stop, previews=False)
+    return [picture for update in updates for picture in update.images]  # of the only one
 
 
 def _is_unclip(folder: Path) -> bool:
@@ -801,14 +826,21 @@ def _is_unclip(folder: Path) -> bool:
         return False
 
 
-def _refusal(error: Exception, request: gr.Request, run: Path | None = None) -> gr.Error:
+def _push_failure(error: Exception, run: Path, language: str) -> str:
+    """Why nothing was published, for a visitor, who cannot change what the server is started with."""
+    if isinstance(error, HubError) and error.reason == "refused":
+        return say("push_refused", language)
+    return _safe(str(error).replace(f"{run}{os.sep}", ""))
+
+
+def _refusal(error: Exception, request: gr.Request, run: Path | None = None, key: str = "bad_setting") -> gr.Error:
     """What the page says of something that cannot be done, without the folder that a run is in."""
     from dalle_demo.training.jobs import JobError
 
     if isinstance(error, JobError):
         sentence = say(error.key, language_of(request), **error.values)
     else:
-        sentence = say("bad_setting", language_of(request), reason=str(error).removeprefix("--"))
+        sentence = say(key, language_of(request), reason=str(error).removeprefix("--"))
     if run is not None:
         sentence = sentence.replace(f"{run}{os.sep}", "")
     return gr.Error(_safe(sentence), print_exception=False)

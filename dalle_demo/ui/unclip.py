@@ -429,8 +429,9 @@ class UnclipTab:
 
     def _not_loaded(self, model: str, error: ShelfError, language: str) -> str:
         """Why a model does not draw, without a name that was guessed."""
-        title = self.shelf.title(model) if self.shelf.is_unclip(model) else self.shelf.unclip_home
-        return say("load_failed", language, model=title, reason=error)
+        if not self.shelf.is_unclip(model):
+            return say("model_gone", language)
+        return say("load_failed", language, model=self.shelf.title(model), reason=error)
 
     def _model_of(self, values: Values) -> str:
         """Name of the model to draw with, which the page may lack."""
