@@ -11,7 +11,6 @@ trained). That is no strict ceiling: distances are means over all pairs, so draw
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -208,12 +207,23 @@ def colour(icon: Image.Image, chosen: Set) -> Image.Image:
 def train(base: str, data: Path, out: Path, flags: list[str]) -> tuple[float, float]:
     """Seconds and peak memory in GiB of a run by the command line; one that was broken off goes on."""
     command = [sys.executable, "-m", "dalle_demo", "train", "finetune", "--base", base, "--data", data, "--out", out]
-    start = time.monotonic()
+    start, peak = time.monotonic(), 0.0
     run = subprocess.Popen([*map(str, command), "--resume", *flags], cwd=ROOT)
-    _, status, used = os.wait4(run.pid, 0)
-    if status:
+    while run.poll() is None:
+        peak = max(peak, peak_memory(run.pid))
+        time.sleep(0.5)
+    if run.returncode:
         raise SystemExit(f"{out}: training failed")
-    return time.monotonic() - start, used.ru_maxrss / 2**20
+    return time.monotonic() - start, peak
+
+
+def peak_memory(pid: int) -> float:
+    """GiB that a process has had at most; Linux says it, and `getrusage` says the parent's where that had more."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 2**20 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
 
 
 def draw(engine: Engine, prompts: list[str]) -> dict[str, Tensor]:
