@@ -122,5 +122,5 @@ def read_request(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if "prompt" not in request or not request.keys() & {"seed", "operation"}:  # which made it out of pictures
             raise KeyError("prompt")
         return request, dict(origin)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} holds no settings of a picture made here") from error

@@ -155,7 +155,7 @@ class Shelf:
         config = weights.stored_model(folder)
         with self._door:
             for known in (self._facts, self._estimates):  # those of its base, with which it is compared
-                alike = [known[other] for other in known if self._configs[other] == config]
+                alike = [known[other] for other in list(known) if self._configs[other] == config]  # others add to it
                 known.update(dict.fromkeys([name], alike[0]) if alike else {})
             self._configs = self._configs | {name: config}  # new ones: others may be going through these
             self._presets = self._presets | {name: str(folder)}

@@ -64,6 +64,14 @@ def test_a_third_of_the_captions_are_chinese(scenes):
     assert chinese / len(captions) == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_style_words_take_the_place_of_the_article(scenes):
+    styled = [scene.caption for scene in drawn(scenes, 1, 900) if "flat" in scene.caption]
+    assert any("orange car" in caption for caption in styled)
+    assert not [caption for caption in styled if re.search(r"^an? .* flat style|\bflat an? |of an? an? ", caption)], (
+        styled
+    )
+
+
 def test_grey_things_are_not_recoloured(scenes):
     assert not [scene for scene in drawn(scenes, 2) if scene.items[0].colour]
     assert 2 not in scenes.hues

@@ -1,5 +1,6 @@
 """Training goes on where it was broken off, to the bit; makes the same data in any number of processes; and learns."""
 
+import dataclasses
 import json
 import math
 import os
@@ -425,6 +426,13 @@ def test_a_run_goes_on_with_what_it_was_begun_with(data_folder, nano_folder, tmp
         run(first)
         with pytest.raises(ValueError, match=f"another {flag}"):
             run(other)
+
+
+def test_a_run_goes_on_with_its_batch(stage_of, tmp_path):
+    """Of which its samples are counted."""
+    train(stage_of("text", tmp_path), make_plan(2), tmp_path)
+    with pytest.raises(ValueError, match="another --batch"):
+        train(stage_of("text", tmp_path), dataclasses.replace(make_plan(4), batch=2 * BATCH), tmp_path, True)
 
 
 def test_a_decoder_of_fewer_codes_goes_on_with_more(nano_folder):

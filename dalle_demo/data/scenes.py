@@ -1,6 +1,7 @@
 """drawings -> composed scenes with true captions: colours, counts, relations and sizes, made afresh from a seed."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +84,7 @@ class Scenes:
         if rng.random() < STYLED_SHARE:
             row = self.pairs.rows[index]
             template = str(rng.choice(STYLE_TEMPLATES[:2]))
-            caption = f"{row['style_zh']}风格的{scene.caption}" if chinese else scene.caption.removeprefix("a ")
+            caption = f"{row['style_zh']}风格的{scene.caption}" if chinese else re.sub("^an? ", "", scene.caption)
             caption = caption if chinese else template.format(style=row["style"], name=caption)
             return dataclasses.replace(scene, caption=caption)
         return scene

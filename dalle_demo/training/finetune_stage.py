@@ -24,7 +24,7 @@ from dalle_demo.training.export import overall, read_log
 from dalle_demo.training.loop import Plan, Workers
 from dalle_demo.training.stages import COND_DROP_PROB, sample_rng, shuffled
 from dalle_demo.turns import Engine
-from dalle_demo.weights import Dalle, Unclip, find
+from dalle_demo.weights import Dalle, Unclip, find, name_of
 
 if TYPE_CHECKING:
     from dalle_demo.training.finetune import FinetuneSettings
@@ -228,7 +228,7 @@ class FinetuneStage(ABC):
         settings, plan = self.settings, self.plan
         (*_, line) = read_log(self.out, "validation_loss")
         return CARD.format(
-            base=settings.base,
+            base=name_of(self.folder),
             method=self.trained,
             training=len(self.training),
             held_out=self.held_out_pictures,
@@ -281,7 +281,7 @@ Not measured: how often it copies its pictures, and what it forgot of {base}.
 def free_names(examples: list[uploads.Example], names: Sequence[str]) -> list[str]:
     """Names of which no word is in a caption; one in any case."""
     taken = {word for example in examples for word in re.findall(r"\w+", example.caption.lower())}
-    return [name for name in names if not taken & set(name.split())] or [names[0]]
+    return [name for name in names if not taken & set(re.findall(r"\w+", name.lower()))] or [names[0]]
 
 
 def vary(picture: UInt8[Tensor, "S S 3"], count: int, rng: np.random.Generator) -> Float[Tensor, "R 3 S S"]:

@@ -248,6 +248,7 @@ class Run:
             state = {
                 "made_from": self.stage.made_from,
                 "step": self.step,
+                "batch": self.plan.batch,
                 "seconds": self.seconds,
                 "network": self._trained(self.stage.network),
                 "ema": self._trained(self.ema),
@@ -265,14 +266,16 @@ class Run:
     def restore(self) -> None:
         """Go back to the last checkpoint; log lines written after it are dropped.
 
-        Raises ValueError when the run was made from other data, sizes or seed than it is to go on with, or by a version
-        that trained other weights.
+        Raises ValueError when the run was made from other data, sizes, batch or seed than it is to go on with, or by a
+        version that trained other weights.
         """
         state = torch.load(self.out / "checkpoint.pt", weights_only=True)
         foreign = f"{self.out} was made by another version and cannot go on; choose another --out"
         if state["made_from"].keys() != self.stage.made_from.keys():
             raise ValueError(foreign)
         check_same(self.out, state["made_from"], self.stage.made_from)
+        batch = {"--batch": self.plan.batch}  # of which samples are counted
+        check_same(self.out, {"--batch": state.get("batch", self.plan.batch)}, batch)
         holds = state["network"].keys(), len(state.get("optimizers", ()))
         if holds != (self._trained(self.stage.network).keys(), len(self.optimizers)):
             raise ValueError(foreign)
@@ -290,7 +293,7 @@ class Run:
         self.workers.wait()
 
 
-def check_same(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def check_same(out: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise ValueError that names the first thing in which a run's origin differs from what it was."""
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:

@@ -428,9 +428,12 @@ class DalleStage:
         """Loss in nats a token on drawings held out in one style, captioned by style and name; nothing without any."""
         if not len(self.held_out):
             return {}
-        captions = style_captions(self.pairs, self.held_out)
-        tokens = self.tokens[self.held_out]
-        return {"validation_loss": network(**self._batch(captions, tokens, tokens))["loss"].item()}
+        captions, total = style_captions(self.pairs, self.held_out), 0.0
+        for start in range(0, len(captions), VALIDATION_BATCH):  # of all together, logits take 0.7 GB
+            chunk = slice(start, start + VALIDATION_BATCH)
+            tokens = self.tokens[self.held_out[chunk]]
+            total += network(**self._batch(captions[chunk], tokens, tokens))["loss"].item() * len(tokens)
+        return {"validation_loss": total / len(captions)}
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Write the whole model."""

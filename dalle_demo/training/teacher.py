@@ -19,7 +19,7 @@ CHUNK = 256
 class Nouns:
     """Nouns of a file, one a line, that captions are near to; with places (K,) and shares (K,) of these captions.
 
-    Those that no training may see are left out.
+    Those that no training may see are left out. Raises ValueError where none is near.
     """
 
     def __init__(self, path: Path, captions: list[str], unseen: set[str], out: Path, workers: Workers):
@@ -33,6 +33,8 @@ class Nouns:
         )
         places, shares = nearest_captions(torch.from_numpy(vectors), torch.from_numpy(known))
         near = np.flatnonzero(~torch.isnan(shares[:, 0]).numpy())
+        if not len(near):
+            raise ValueError(f"--words: no noun of {path} is near to any caption")
         self.words, self.places, self.shares = [nouns[i] for i in near], places[near], shares[near]
 
     def __len__(self) -> int:

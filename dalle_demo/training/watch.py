@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,6 +249,7 @@ def draw_previews(
     return sum(one["copy"] for one in unseen) / len(unseen)
 
 
+@lru_cache(1)  # of the only stage of a run, which asks at each checkpoint
 def thumbnails_of(stage: "FinetuneStage") -> Float[Tensor, "M F"]:
     """Those of the training pictures."""
     known = [stage.examples[i] for i in stage.training]
