@@ -263,7 +263,9 @@ def test_the_best_by_validation_is_kept(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(dalle_finetune_stage, "save_tensors", save)
     finetune.finetune(settings(), tmp_path)
     assert list(exported) == [4, 8]  # the untrained base is no candidate
-    assert "8 of 20 steps" in (tmp_path / "weights" / "README.md").read_text()
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "8 of 20 steps" in card
+    assert str(Path(settings().base).parent) not in card, "which is a folder of this computer"
     assert state(tmp_path)["notice"] == {"key": "worse", "values": {"best": 8, "count": 3}}
 
 

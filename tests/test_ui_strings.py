@@ -37,7 +37,11 @@ def test_every_label_has_a_chinese_one():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.25, "0.2 s"), (1.94, "1.9 s"), (6.2, "6 s"), (99, "99 s"), (100, "2 min"), (900, "15 min")]
+    ("seconds", "said"),
+    [
+        *[(0.25, "0.2 s"), (1.94, "1.9 s"), (6.2, "6 s"), (99, "99 s")],
+        *[(100, "2 min"), (900, "15 min"), (7100, "118 min"), (18000, "5.0 hours")],
+    ],
 )
 def test_durations(seconds, said):
     assert duration(seconds, "en") == said

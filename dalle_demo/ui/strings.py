@@ -359,6 +359,7 @@ SENTENCES = {
         "fact_many": ", {format}, {threads} processor threads",
         "seconds": "{n:.{digits}f} s",
         "minutes": "{n:.0f} min",
+        "hours": "{n:.1f} hours",
         "effort_try": "Try it",
         "effort_balanced": "Balanced",
         "effort_thorough": "Thorough",
@@ -555,6 +556,7 @@ SENTENCES = {
         "fact_many": "，{format}，{threads} 个处理器线程",
         "seconds": "{n:.{digits}f} 秒",
         "minutes": "{n:.0f} 分钟",
+        "hours": "{n:.1f} 小时",
         "effort_try": "试一试",
         "effort_balanced": "均衡",
         "effort_thorough": "充分",
@@ -705,6 +707,8 @@ def footer(model: str, facts: tuple[str, int] | None, accept_language: str) -> s
 
 def duration(seconds: float, accept_language: str) -> str:
     """Time in the unit that a person would use."""
+    if seconds >= 2 * 3600:
+        return say("hours", accept_language, n=seconds / 3600)
     if seconds >= 100:
         return say("minutes", accept_language, n=max(2, seconds / 60))
     return say("seconds", accept_language, n=seconds, digits=0 if seconds >= 2 else 1)

@@ -149,7 +149,7 @@ footer .divider { display: none; } /* on a phone gradio leaves out what it would
   line-height: 1; color: white; background: rgb(30 41 59 / .45); cursor: pointer;
 }
 .wall .save:hover, .wall .save:focus-visible { background: rgb(30 41 59 / .9); }
-.wall[data-section=variations] .save { width: 20px; height: 20px; font-size: .75rem; }
+.wall[data-section=variations] .save { width: 24px; height: 24px; font-size: .75rem; }
 .wall figure:has(img:not([src])) .save { display: none; }
 .wall figcaption { font-size: .75rem; text-align: center; color: var(--body-text-color-subdued); }
 @media (max-width: 767px) {
