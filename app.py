@@ -16,6 +16,8 @@ def main() -> None:
     logging.getLogger("dalle_demo").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does, with the pictures deleted
     parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent and not os.path.isdir(parent):
+        sys.exit(f"GRADIO_TEMP_DIR names {parent}, which is no folder")
     with tempfile.TemporaryDirectory(prefix="dalle_demo-", dir=parent, ignore_cleanup_errors=True) as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # not the /tmp/gradio that everyone on the machine can read
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -200,14 +200,22 @@ def check_paths(options: argparse.Namespace) -> None:
 
 
 def read_prompts(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
-    """Line numbers and prompts to draw; empty lines of a file are passed over."""
+    """Line numbers and prompts to draw; empty lines of a file are passed over.
+
+    Raises ValueError when it has no others, or is no text.
+    """
     if options.prompts is None:
         yield 1, options.prompt
         return
-    with nullcontext(sys.stdin) if options.prompts == "-" else open(options.prompts, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, line.strip()
+    number = None
+    try:
+        with nullcontext(sys.stdin) if options.prompts == "-" else open(options.prompts, encoding="utf-8-sig") as lines:
+            for number, line in ((n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip()):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts: {options.prompts} is no text in UTF-8") from error
+    if number is None:
+        raise ValueError(f"--prompts: {options.prompts} has no prompt; write one a line")
 
 
 def draw(engine: "Engine", line: int, params: Params, out: Path, with_grid: bool) -> None:

@@ -345,6 +345,13 @@ def test_assembles_weights(tmp_path, both, capsys):
     assert "--preset must be one of unclip-nano" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("content", "said"), [(b"\n \n", "has no prompt"), (b"\xff\xfe", "is no text in UTF-8")])
+def test_a_file_without_prompts_is_refused(tmp_path, capsys, content, said):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert main(["generate", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]) == 2
+    assert f"prompts.txt {said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--n", "0"), ("--n", "99"), ("--temperature", "nan"), ("--top-p", "7"), ("--seed", str(MAX_SEED))],
