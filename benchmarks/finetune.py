@@ -33,7 +33,7 @@ from dalle_demo.evaluation.features import PARTS, Encoder
 from dalle_demo.images import from_pil, grid, to_pil
 from dalle_demo.models.vqgan import VAE, VQGAN
 from dalle_demo.training.export import read_log
-from dalle_demo.training.finetune import FinetuneSettings
+from dalle_demo.training.finetune import FinetuneSettings, high_water
 from dalle_demo.training.stages import plain_render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,23 +207,14 @@ def colour(icon: Image.Image, chosen: Set) -> Image.Image:
 def train(base: str, data: Path, out: Path, flags: list[str]) -> tuple[float, float]:
     """Seconds and peak memory in GiB of a run by the command line; one that was broken off goes on."""
     command = [sys.executable, "-m", "dalle_demo", "train", "finetune", "--base", base, "--data", data, "--out", out]
-    start, peak = time.monotonic(), 0.0
+    start, peak = time.monotonic(), 0
     run = subprocess.Popen([*map(str, command), "--resume", *flags], cwd=ROOT)
     while run.poll() is None:
-        peak = max(peak, peak_memory(run.pid))
+        peak = max(peak, high_water(run.pid) or 0)
         time.sleep(0.5)
     if run.returncode:
         raise SystemExit(f"{out}: training failed")
-    return time.monotonic() - start, peak
-
-
-def peak_memory(pid: int) -> float:
-    """GiB that a process has had at most; Linux says it, and `getrusage` says the parent's where that had more."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 2**20 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+    return time.monotonic() - start, peak / 2**30
 
 
 def draw(engine: Engine, prompts: list[str]) -> dict[str, Tensor]:

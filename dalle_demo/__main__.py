@@ -207,14 +207,16 @@ def read_prompts(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
     if options.prompts is None:
         yield 1, options.prompt
         return
-    number = None
+    empty = True
     try:
         with nullcontext(sys.stdin) if options.prompts == "-" else open(options.prompts, encoding="utf-8-sig") as lines:
-            for number, line in ((n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip()):
-                yield number, line
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    empty = False
+                    yield number, line.strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts: {options.prompts} is no text in UTF-8") from error
-    if number is None:
+    if empty:
         raise ValueError(f"--prompts: {options.prompts} has no prompt; write one a line")
 
 

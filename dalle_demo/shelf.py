@@ -159,7 +159,7 @@ class Shelf:
                 known.update(dict.fromkeys([name], alike[0]) if alike else {})
             self._configs = self._configs | {name: config}  # new ones: others may be going through these
             self._presets = self._presets | {name: str(folder)}
-            own, before = Own(title, _written(folder), change), self._own.get(name, None)
+            own, before = Own(title, _written(folder), change), self._own.get(name)
             self._own = self._own | {name: own}
             if name == self.loaded and own != before:  # it has another title, or was trained on
                 self.loaded = None

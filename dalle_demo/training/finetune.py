@@ -265,12 +265,21 @@ def _measure(settings: FinetuneSettings, data: Path, out: Path) -> Estimate:
     return Estimate(step, seconds, _peak_memory())
 
 
+def high_water(process: int | str = "self") -> int | None:
+    """Bytes that a process has had at most, as Linux tells while it runs; None elsewhere.
+
+    `getrusage` would count the parent's too, which started the process as a copy of itself.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
 def _peak_memory() -> int:
-    """Bytes; `getrusage` would count the parent's too, which started this process as a copy of itself."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
+    if (most := high_water()) is not None:
+        return most
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -63,7 +63,7 @@ class TrainTab:
     ):
         self.shelf, self.models, self.unclip, self.tabs = shelf, models, unclip, tabs
         self.jobs = open_jobs()
-        self._owners: dict[str, str] = {}  # of browser sessions, the latest last
+        self._owners: dict[str, str] = {}  # of browser sessions, the oldest first
         self._comparing: dict[str, threading.Event] = {}  # their stop flags
         self.plans = Plans(shelf, self.jobs)
         self.owner = owner
@@ -306,7 +306,6 @@ class TrainTab:
 
     def _belongs(self, request: gr.Request, owner: str) -> None:
         """Remember whose a page is."""
-        self._owners.pop(request.session_hash, None)
         self._owners[request.session_hash] = owner
         if len(self._owners) > VISITORS:
             del self._owners[next(iter(self._owners))]
