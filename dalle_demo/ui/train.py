@@ -216,6 +216,8 @@ class TrainTab:
         """Connect the events; those that must keep their order share the queue named `captions`."""
         me, at_once = [self.owner, self.viewed], QUIET | {"queue": False}
         in_order = QUIET | {"concurrency_limit": 1, "concurrency_id": "captions"}
+        # Without a queue an older plan could come back last, and leave a start that is ready disabled
+        planning = QUIET | {"concurrency_limit": 1, "concurrency_id": "plan", "trigger_mode": "always_last"}
         planned = [self.effort, self.plan, self.words, self.start, self.hint]
         self.everything = [
             *(self.viewed, self.seen, self.timer, self.chooser, self.picker, self.new, self.draft, self.upload),
@@ -235,15 +237,14 @@ class TrainTab:
         picked = self.picker.input(self.pick, [self.owner, self.picker], self.everything, **at_once)
         renewed = self.new.click(self.renew, [self.owner], self.everything, **QUIET)  # gr.Info needs the queue
         for event in (arrived, read, picked, renewed):
-            self._measure(event, probed, planned)
+            self._measure(event, probed, planned, planning)
         self.base.input(self.fit, [self.base], [self.method, self.adapters], **at_once)
         for choose in (self.base.input, self.method.input, self.text_encoder.input, self.rank.input):
-            self._measure(choose(self.show_plan, probed, planned, **at_once), probed, planned)
+            self._measure(choose(self.show_plan, probed, planned, **planning), probed, planned, planning)
         for choice in (self.effort, self.steps, self.consent):
-            choice.input(self.show_plan, probed, planned, **at_once)
-        self.captions.input(self.save_caption, me, None, trigger_mode="multiple", **in_order).then(
-            self.show_plan, probed, planned, trigger_mode="multiple", **at_once
-        )
+            choice.input(self.show_plan, probed, planned, **planning)
+        written = self.captions.input(self.save_caption, me, None, trigger_mode="multiple", **in_order)
+        written.then(self.show_plan, probed, planned, **planning)
         plan = [self.title, *probed[3:], self.prompt, self.rate, self.seed]
         self.start.click(self.begin, [*me, self.consent, *plan], self.everything, **in_order)
         for name, button in self.buttons.items():
@@ -576,12 +577,10 @@ class TrainTab:
         except (uploads.UploadError, OSError) as error:
             raise gr.Error(say("caption_lost", language, reason=_safe(error)), print_exception=False) from error
 
-    def _measure(self, event: Any, probed: list, planned: list) -> None:
+    def _measure(self, event: Any, probed: list, planned: list, planning: dict[str, Any]) -> None:
         """Measure after an event, and show what it means for what is chosen by then."""
-        probing = QUIET | {"concurrency_limit": 1, "concurrency_id": "probe"}
-        event.then(self.estimate, probed, planned, **probing).then(
-            self.show_plan, probed, planned, **QUIET, queue=False
-        )
+        measured = event.then(self.estimate, probed, planned, **planning | {"concurrency_id": "probe"})
+        measured.then(self.show_plan, probed, planned, **planning)
 
     def estimate(self, request: gr.Request, owner: str, name: str, *plan: Any) -> Iterator[dict]:
         """Measure how long training takes here, unless that is known, and show it."""

@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dalle_demo import weights
 from dalle_demo.engines import DalleEngine
 from dalle_demo.shelf import UNCLIP, Shelf
 from dalle_demo.training import finetune, jobs
+from dalle_demo.ui.train_plan import Plans
 
 try:
     from playwright.sync_api import expect
@@ -249,6 +251,29 @@ def test_an_upload_that_cannot_be_used_says_why(visit, studio, tmp_path):
     page.set_input_files("#upload input[type=file]", str(tmp_path / "notes.txt"))
     expect(page.locator("#report .failed")).to_contain_text("Not used: there is no picture in it", timeout=SLOW)
     expect(page.locator("#start")).to_be_disabled()
+
+
+def test_a_plan_that_takes_long_does_not_replace_a_newer_one(visit, studio, upload, monkeypatch):
+    page, begun, ended = visit(studio), [], []
+    prepare(page, upload)
+    expect(page.locator("#effort")).to_contain_text("Thorough: about 14 min", timeout=SLOW)
+    expect(page.locator("#hint p")).to_have_text("Tick that you may use the pictures.")
+
+    def unknown_words(plans, job, base) -> list[str]:
+        begun.append(base)
+        if len(begun) == 1:
+            time.sleep(2)
+        ended.append(base)
+        return []
+
+    monkeypatch.setattr(Plans, "unknown_words", unknown_words)
+    page.get_by_label("Thorough").check()
+    page.check("#consent input")
+    expect(page.locator("#start")).to_be_enabled(timeout=SLOW)
+    while len(ended) < 2:
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(1000)
+    expect(page.locator("#start")).to_be_enabled()
 
 
 @pytest.mark.parametrize("width", [390, 1400])
