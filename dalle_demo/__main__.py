@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ def open_engine(options: argparse.Namespace, given: dict[str, float]) -> "tuple[
 
     preset = options.preset or "nano"
     kind = engine_for(preset)
-    refuse_strange(given, kind.request, preset)
+    check_settings(given, kind.request, preset)
     if kind is DalleEngine:
         return kind.load(preset, form=options.format, device=options.device), given
     if options.device or options.format:
@@ -178,15 +178,16 @@ def open_again(options: argparse.Namespace, given: dict[str, float]) -> "tuple[E
         raise ValueError(f"{options.again} was made on the page out of more than a prompt, which --again cannot repeat")
     if strange := settings.keys() - settings_of(kind.request):
         raise ValueError(f"{options.again} has settings that this version lacks: {', '.join(sorted(strange))}")
-    refuse_strange(given, kind.request, str(origin.get("model")))
+    check_settings(given, kind.request, str(origin.get("model")))
     return kind.like(origin, options.preset), settings | given
 
 
-def refuse_strange(given: Iterable[str], request: type[Params], model: str) -> None:
-    """Raise ValueError for settings that only models of the other kind have."""
+def check_settings(given: Mapping[str, float], request: type[Params], model: str) -> None:
+    """Raise ValueError for settings that only models of the other kind have, and for values out of range."""
     has = settings_of(request)
     if strange := [flag(name) for name in given if name not in has]:
         raise ValueError(f"{model} has no {' and no '.join(strange)}; it has {', '.join(map(flag, has))}")
+    request("a picture", **given)  # before a model is loaded for nothing
 
 
 def check_paths(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """folder -> checked tensors and modules, and back: the only place that knows how weights are stored.
 
 A checkpoint is a folder: `config.json` (the sizes of every part, and the hashes of what was trained together),
-`model.safetensors` (tensors named `part.key`), `tokenizer.json` and `README.md` (the model card).
+`model.safetensors` (tensors named `part.key`), `tokenizer.json` and `README.md` (the model card). A matrix or kernel
+may be in bytes, with a scale for each of its rows beside it.
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ CLASSES = {
     "discriminator": LatentDiscriminator,
 }
 FORMAT = 1
+SCALE = ":scale"  # at the end of the name of the scales of what is in bytes
 
 
 class WeightsError(ValueError):
@@ -118,18 +120,22 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 class StoredPart(Mapping[str, Tensor]):
-    """Tensors of one part of a file, each read when it is asked for."""
+    """Tensors of one part of a file, each read when it is asked for; those in bytes are given in fp16."""
 
     def __init__(self, path: Path, part: str):
         self.path, self._prefix = path, f"{part}."
         with _opened(path) as file:
             names = [key for key in file.keys() if key.startswith(self._prefix)]  # noqa: SIM118, it is no mapping
-            self.shapes = {key.removeprefix(self._prefix): tuple(file.get_slice(key).get_shape()) for key in names}
+            shapes = {key.removeprefix(self._prefix): tuple(file.get_slice(key).get_shape()) for key in names}
+        self._scaled = {key for key, shape in shapes.items() if shapes.get(key + SCALE) == _rows(shape)}
+        scales = {key + SCALE for key in self._scaled}
+        self.shapes = {key: shape for key, shape in shapes.items() if key not in scales}
 
     def __getitem__(self, key: str) -> Tensor:
         """Tensor whose pages leave memory with it."""
         with _opened(self.path) as file:
-            return file.get_tensor(self._prefix + key)
+            stored = file.get_tensor(self._prefix + key)
+            return stored * file.get_tensor(self._prefix + key + SCALE) if key in self._scaled else stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -245,13 +251,13 @@ def save_tensors(
 
     Args:
         configs: config of every part in `parts`.
-        parts: state dict of every part's module, stored in the types given.
+        parts: state dict of every part's module, stored in the types given; see `in_bytes`.
         tokenizer: tokenizer.json to copy along.
         extra: further entries of config.json, such as `defaults`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{part}.{key}": value.contiguous() for part, state in parts.items() for key, value in state.items()}
-    hashes = {part: tensor_hash(state) for part, state in parts.items()}
+    hashes = {part: tensor_hash(_restored(state)) for part, state in parts.items()}
     names = ["model.safetensors", "config.json"]
     if tokenizer is not None:
         hashes["tokenizer"] = _file_hash(tokenizer)
@@ -265,6 +271,31 @@ def save_tensors(
             os.fsync(file.fileno())  # what it was made from may be deleted next
     for name in names:
         (folder / f"{name}.part").replace(folder / name)
+
+
+def in_bytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with matrices and kernels in int8, and a scale for each of their rows: half of the size in fp16."""
+    stored = dict(state)
+    for key, value in state.items():
+        if value.ndim > 1:
+            most = value.float().flatten(1).abs().amax(1).view(_rows(value.shape))
+            scale = (most / 127).clamp(min=torch.finfo(torch.half).tiny).half()
+            stored |= {key: (value / scale.float()).round().to(torch.int8), key + SCALE: scale}
+    return stored
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a matrix or kernel: one for each row, or output channel."""
+    return (*shape[:1], *(1 for _ in shape[1:]))
+
+
+def _restored(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a reader of these tensors is given."""
+    scaled = {key.removesuffix(SCALE) for key in state if key.endswith(SCALE)}
+    if not scaled:  # so that what lies in a file is read in turn
+        return state
+    values = {key: state[key] for key in state if not key.endswith(SCALE)}
+    return values | {key: state[key] * state[key + SCALE] for key in scaled}
 
 
 def save_adapters(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from dalle_demo import hub
 from dalle_demo.checkpoints import (
     WeightsError,
+    in_bytes,
     load_parts,
     load_tokenizer,
     read_config,
@@ -229,6 +230,7 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
     configs = {part: stored_config(home, part) for part, home in homes.items()}
     modules = {part: load_parts(home, [part], "DALL-E 2")[part] for part, home in homes.items()}
     states = {part: module.state_dict() for part, module in modules.items()}
+    states |= {part: in_bytes(states[part]) for part in UNCLIP_PARTS if part != "vae"}  # in which it would be seen
     trained_with = load_clip(str(clip))
     named = {"name": _found_by(clip), "sha256": trained_with.sha256}
     save_tensors(out, configs, states, clip=named, defaults=dict(defaults))

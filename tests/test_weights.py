@@ -51,8 +51,8 @@ def edit_tensors(folder: Path, change, rehash: bool) -> None:
     save_file(tensors, path)
     if rehash:
         for part in {key.split(".")[0] for key in tensors} & checkpoints.CLASSES.keys():
-            own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-            edit_config(folder, lambda meta, part=part, own=own: meta["sha256"].update({part: tensor_hash(own)}))
+            found = tensor_hash(checkpoints.StoredPart(path, part))
+            edit_config(folder, lambda meta, part=part, found=found: meta["sha256"].update({part: found}))
 
 
 def test_round_trip_keeps_every_number(tmp_path):
@@ -460,10 +460,35 @@ def test_assembles_what_the_stages_have_trained(tmp_path):
     for name in ("prior", "unclip"):
         stored |= load_file(runs[name] / "model.safetensors")
     made = load_file(out / "model.safetensors")
-    assert made.keys() == stored.keys()
-    for key, value in stored.items():
-        assert made[key].dtype == value.dtype
-        assert torch.equal(made[key], value)
+    in_bytes = {key for key, value in stored.items() if not key.startswith("vae.") and value.ndim > 1}
+    assert made.keys() == stored.keys() | {f"{key}:scale" for key in in_bytes}
+    assert {key for key, value in made.items() if value.dtype == torch.int8} == in_bytes
+    for key in stored.keys() - in_bytes:
+        assert made[key].dtype == stored[key].dtype
+        assert torch.equal(made[key], stored[key])
+    for key in in_bytes:
+        part, _, name = key.partition(".")
+        value, read = stored[key].flatten(1).float(), load_part(out, part).state_dict()[name].flatten(1)
+        assert made[f"{key}:scale"].numel() == len(value)
+        assert (made[key].flatten(1).abs().amax(1) == 127).all()
+        assert ((read - value).abs() <= 0.6 * value.abs().amax(1, keepdim=True) / 127).all()
+
+
+def test_what_is_in_bytes_is_whole_or_refused(tmp_path):
+    runs, out = save_runs(tmp_path), tmp_path / "out" / "made"
+    assemble_unclip(**runs, out=out, defaults={})
+    scale = "generator.spread.weight:scale"
+    edit_tensors(out, lambda tensors: tensors.update({scale: 2 * tensors[scale]}), rehash=False)
+    refuse(out, "its generator has sha256", load=load_unclip)
+    edit_tensors(out, lambda tensors: tensors.update({scale: tensors[scale][:1]}), rehash=True)
+    refuse(out, "generator.spread.weight:scale is (1, 1), expected no such tensor", load=load_unclip)
+
+
+def test_a_row_of_zeros_stays_one_in_bytes():
+    state = {"rows": torch.tensor([[0.0, 0.0], [0.51, -1.0]]), "bias": torch.ones(2)}
+    stored = checkpoints.in_bytes(state)
+    assert torch.equal(stored["bias"], state["bias"])
+    torch.testing.assert_close(stored["rows"] * stored["rows:scale"].float(), state["rows"], atol=0.005, rtol=0)
 
 
 @pytest.mark.parametrize("culprit", ["prior", "unclip", "clip"])

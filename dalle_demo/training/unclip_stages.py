@@ -63,10 +63,11 @@ ZOOM, SHIFT = (0.75, 1.05), 0.1  # of drawings that are moved; a shift of 1 is h
 MOVED_SHARE = 0.5  # of drawings; the others are seen as they are
 VIEWS = 4  # of each drawing that prior and generator see, made once: as it is, moved, and two scenes
 CAPTIONS = 8  # of each view that the prior reads; few enough for their embeddings to be kept
-NOISE_KL_WEIGHT = 3e-3  # of the sum over the noise's dimensions, beside the mean over latents
+NOISE_KL_WEIGHT = 1e-3  # of the sum over the noise's dimensions, beside the mean over latents
 ADVERSARIAL_WEIGHT = 0.8  # of the discriminator's pull, where the reconstruction's is 1
-# Samples before the discriminator comes in: until the generator has learned shapes it wins at once and teaches nothing
-ADVERSARIAL_FROM = 1_200_000
+# Samples that are rebuilt only, in a third of the time, before pictures are drawn freely as well, for CLIP and the
+# discriminator to judge: until the generator has learned shapes the discriminator wins at once and teaches nothing
+ADVERSARIAL_FROM = 6_500_000
 GRADIENT_PENALTY = 5.0
 EMBEDDING_WEIGHT = 0.2  # of the distance to CLIP's embedding of the real picture
 DRAWN_SHARE = 0.5  # of a batch for which a picture is drawn freely, beside the rebuilt ones
@@ -461,8 +462,8 @@ def generator_batch(
 class UnclipObjective(nn.Module):
     """A conditional VAE whose decoder is a GAN's generator (Bao et al. 2017, CVAE-GAN).
 
-    Reconstruction from the noise that the noise encoder finds, KL of that noise to a normal distribution, CLIP's
-    embedding of pictures drawn freely beside the one asked for, and later the hinge loss of those pictures.
+    Reconstruction from the noise that the noise encoder finds, and KL of that noise to a normal distribution; later
+    also CLIP's embedding of pictures drawn freely beside the one asked for, and the hinge loss of those pictures.
     """
 
     def __init__(self, config: UnclipConfig, vae: VAE, clip: CLIP, adversarial_weight: float = ADVERSARIAL_WEIGHT):
@@ -482,18 +483,19 @@ class UnclipObjective(nn.Module):
         `shown` are CLIP's embeddings of the pictures, `embedding` is what the generator is given.
         """
         mean, logvar = self.noise_encoder(latents, embedding)
-        found = mean + torch.exp(logvar / 2) * posterior
+        found, kl = mean + torch.exp(logvar / 2) * posterior, kl_divergence(mean, logvar).mean()
+        if not contested:  # the discriminator takes part with nothing, since all processes must use all weights
+            reconstruction = F.l1_loss(self.generator(found, embedding), latents)
+            loss = reconstruction + NOISE_KL_WEIGHT * kl + 0 * self.discriminator(latents[:1], embedding[:1]).sum()
+            return {"loss": loss, "reconstruction": reconstruction, "kl": kl}
         few = max(1, round(DRAWN_SHARE * len(latents)))
         asked = embedding[:few]
         both = self.generator(torch.cat([found, noise[:few]]), torch.cat([embedding, asked]))
         rebuilt, drawn = both.split([len(latents), few])
         reconstruction = F.l1_loss(rebuilt, latents)
-        kl = kl_divergence(mean, logvar).mean()
         distance = self._distance(drawn, shown[:few])
         losses = {"reconstruction": reconstruction, "kl": kl, "embedding": distance}
         loss = reconstruction + NOISE_KL_WEIGHT * kl + EMBEDDING_WEIGHT * distance
-        if not contested:  # the discriminator takes part with nothing, since all processes must use all weights
-            return losses | {"loss": loss + 0 * self.discriminator(latents[:1], embedding[:1]).sum()}
         judge = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         adversarial = generator_loss(functional_call(self.discriminator, judge, (drawn, asked)))
         weight = self.adversarial_weight * adaptive_weight(reconstruction, adversarial, both)

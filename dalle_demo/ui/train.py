@@ -397,19 +397,18 @@ class TrainTab:
 
     def _view(self, request: gr.Request, owner: str, job: "Job | None", told: str = "") -> dict:
         """All of the tab for a job, or for none yet."""
-        language, jobs = language_of(request), self.jobs.of(owner)
-        draft = job is None or job.wish == "draft"
-        choices = [(self._line(other, language), other.id) for other in jobs]
+        draft, begun = job is None or job.wish == "draft", job is not None and self._begun(job)
+        choices = self._choices(request, owner)
         shown = {
             self.viewed: job.id if job else "",
             self.seen: {},
-            self.chooser: gr.Row(visible=bool(jobs)),
-            self.picker: gr.Dropdown(choices, value=job.id if job else None),
+            self.chooser: gr.Row(visible=bool(choices)),
+            self.picker: gr.Dropdown(choices, value=job.id if job and begun else None),
             self.new: gr.Button(visible=not draft),
             self.draft: gr.Column(visible=draft),
             self.run: gr.Column(visible=not draft),
             self.after: gr.Column(visible=False),
-            self.delete_row: gr.Row(visible=job is not None),
+            self.delete_row: gr.Row(visible=begun),
             self.delete_sure: gr.Button(visible=False),
             self.upload: None,
             self.timer: gr.Timer(active=False),
@@ -473,7 +472,6 @@ class TrainTab:
     def _turned(self, request: gr.Request, owner: str, job: "Job", state: str, weights: Path | None) -> dict:
         """What depends on the state that a job has come to."""
         language = language_of(request)
-        choices = [(self._line(other, language), other.id) for other in self.jobs.of(owner)]
         changes = {button: gr.Button(visible=state in BUTTONS[name]) for name, button in self.buttons.items()}
         begun = state not in ("waiting", "preparing")
         changes |= {
@@ -482,7 +480,7 @@ class TrainTab:
             ),
             self.models.notice: self.models.noticed(request),
             self.timer: gr.Timer(active=state in ACTIVE),
-            self.picker: gr.Dropdown(choices, value=job.id),
+            self.picker: gr.Dropdown(self._choices(request, owner), value=job.id),
             self.after: gr.Column(visible=weights is not None),
         }
         if weights is not None:
@@ -517,6 +515,14 @@ class TrainTab:
             color_map=dict(zip(names, COLOURS, strict=True)),
         )
         return {self.losses: gr.Column(visible=len(table) > 1), self.plot: plot}
+
+    def _choices(self, request: gr.Request, owner: str) -> list[tuple[str, str]]:
+        """Line and id of each training of the visitor."""
+        return [(self._line(job, language_of(request)), job.id) for job in self.jobs.of(owner) if self._begun(job)]
+
+    def _begun(self, job: "Job") -> bool:
+        """Whether a job is a training yet: a draft whose upload was refused is none."""
+        return job.wish != "draft" or self.plans.pictures(job) is not None
 
     def _line(self, job: "Job", language: str) -> str:
         """Line of the list of trainings."""

@@ -251,6 +251,8 @@ def test_an_upload_that_cannot_be_used_says_why(visit, studio, tmp_path):
     page.set_input_files("#upload input[type=file]", str(tmp_path / "notes.txt"))
     expect(page.locator("#report .failed")).to_contain_text("Not used: there is no picture in it", timeout=SLOW)
     expect(page.locator("#start")).to_be_disabled()
+    for name in ("trainings", "delete"):
+        expect(page.locator(f"#{name}")).to_be_hidden()
 
 
 def test_a_plan_that_takes_long_does_not_replace_a_newer_one(visit, studio, upload, monkeypatch):
