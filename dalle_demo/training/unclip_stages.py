@@ -67,12 +67,12 @@ NOISE_KL_WEIGHT = 1e-3  # of the sum over the noise's dimensions, beside the mea
 ADVERSARIAL_WEIGHT = 0.8  # of the discriminator's pull, where the reconstruction's is 1
 # Samples that are rebuilt only, in a third of the time, before pictures are drawn freely as well, for CLIP and the
 # discriminator to judge: until the generator has learned shapes the discriminator wins at once and teaches nothing
-ADVERSARIAL_FROM = 6_500_000
+ADVERSARIAL_FROM = 4_800_000
 GRADIENT_PENALTY = 5.0
 EMBEDDING_WEIGHT = 0.2  # of the distance to CLIP's embedding of the real picture
 DRAWN_SHARE = 0.5  # of a batch for which a picture is drawn freely, beside the rebuilt ones
 DECODED = 4  # of those that each process decodes, to compare embeddings
-EMBEDDING_NOISE = 0.5  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
+EMBEDDING_NOISE = 0.4  # at most, beside an embedding's length of 1: those that the prior draws are not exact either
 CROWD = 4  # samples of one embedding whose distances are watched
 
 
