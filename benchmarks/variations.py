@@ -63,7 +63,7 @@ def held_out(data: pairs.Pairs) -> np.ndarray:
 
 def varied(engine: UnclipEngine, source: Seen, distance: float) -> list[Image.Image]:
     """EACH variations of one picture."""
-    seen = mixing.vary(source, engine.noise(range(EACH)), distance)
+    seen = mixing.vary(source, engine.fresh(range(EACH)), distance)
     return engine.draw(seen.embedding, seen.noise)
 
 

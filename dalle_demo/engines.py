@@ -264,8 +264,12 @@ class UnclipEngine(Engine):
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "B Z"]:
         """The generator's noise of each seed."""
-        size = self.config.generator.noise_dim
-        return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return _normal(seeds, self.config.generator.noise_dim)
+
+    def fresh(self, seeds: Sequence[int]) -> Seen:
+        """Embedding and noise of each seed, of no picture in particular."""
+        embeddings = _normal([MAX_SEED + 1 + seed for seed in seeds], self.config.generator.embed_dim)
+        return Seen(F.normalize(embeddings, dim=-1), self.noise(seeds))
 
     def _draw(self, params: UnclipParams, seeds: list[int], previews: bool) -> Iterator[Update]:
         """Prompt to pixels; an update without images after each chunk but the last."""
@@ -283,8 +287,7 @@ class UnclipEngine(Engine):
     def _starts(self, params: UnclipParams, seeds: Sequence[int]) -> Float[Tensor, "B K E"]:
         """Noise that the prior begins each seed's candidates from."""
         shape = params.candidates, self.config.prior.embed_dim
-        generators = [torch.Generator().manual_seed(MAX_SEED + 1 + seed) for seed in seeds]  # other ones than `noise`'s
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return _normal([MAX_SEED + 1 + seed for seed in seeds], *shape)  # other ones than `noise`'s
 
     def _choose(
         self, params: UnclipParams, starts: Float[Tensor, "B K E"]
@@ -303,6 +306,11 @@ class UnclipEngine(Engine):
 
     def _pixels(self, embeddings: Float[Tensor, "B E"], noise: Float[Tensor, "B Z"]) -> Float[Tensor, "B 3 H W"]:
         return self.model.vae.decode(self.model.generator(noise, embeddings))
+
+
+def _normal(seeds: Sequence[int], *shape: int) -> Tensor:
+    """Normal numbers (B, *shape) of each seed's own."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def engine_for(preset: str) -> type[Engine]:

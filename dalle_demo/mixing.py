@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+WANDER = 0.2  # share of the way to another embedding at distance 1: as far off as the generator's own training goes
 PARALLEL = 1e-4  # angle, and its distance from a half turn, below which an arc is as good as its chord
 
 
@@ -52,10 +53,14 @@ def blend(one: Seen, other: Seen, share: float) -> Seen:
     return Seen(slerp(one.embedding, other.embedding, share), slerp(one.noise, other.noise, share))
 
 
-def vary(seen: Seen, fresh: Float[Tensor, "B Z"], distance: float) -> Seen:
-    """The same to be seen in other ways: its noise on the way to fresh ones, which it reaches at distance 1."""
-    noise = slerp(seen.noise.expand_as(fresh), fresh, distance)
-    return Seen(seen.embedding.expand(len(fresh), -1), noise)
+def vary(seen: Seen, fresh: Seen, distance: float) -> Seen:
+    """The same to be seen in other ways: its noise on the way to fresh ones, which it reaches at distance 1.
+
+    In the paper the embedding stays. Here it goes some of the way, since a generator that draws in one pass leaves
+    little to its noise.
+    """
+    embedding = slerp(seen.embedding, fresh.embedding, WANDER * distance)
+    return Seen(embedding, slerp(seen.noise, fresh.noise, distance))
 
 
 def text_diff(seen: Seen, source: Float[Tensor, " E"], target: Float[Tensor, " E"], strength: float) -> Seen:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle_demo.mixing import Seen, apart, blend, loop, slerp, text_diff, together, vary
+from dalle_demo.mixing import WANDER, Seen, apart, blend, loop, slerp, text_diff, together, vary
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -59,14 +59,19 @@ def test_blend_moves_what_is_seen_and_the_noise():
     assert torch.equal(blend(one, other, 1.0).noise, other.noise)
 
 
-def test_variations_keep_what_is_seen():
-    seen, fresh = Seen(unit(64), normal(16)), normal(3, 16, seed=5)
-    near, far = vary(seen, fresh, 0.2), vary(seen, fresh, 0.8)
-    for varied in (near, far):
-        assert torch.equal(varied.embedding, seen.embedding.expand(3, -1))
-    assert (angle(near.noise, seen.noise.expand(3, -1)) < angle(far.noise, seen.noise.expand(3, -1))).all()
-    assert torch.equal(vary(seen, fresh, 0.0).noise, seen.noise.expand(3, -1))
-    assert torch.equal(vary(seen, fresh, 1.0).noise, fresh)
+def test_variations_stay_near_what_is_seen():
+    seen, fresh = Seen(unit(64), normal(16)), Seen(unit(3, 64, seed=4), normal(3, 16, seed=5))
+    near, far, furthest = (vary(seen, fresh, distance) for distance in (0.2, 0.8, 1.0))
+    for name in ("embedding", "noise"):
+        own = getattr(seen, name).expand(3, -1)
+        assert (angle(getattr(near, name), own) < angle(getattr(far, name), own)).all()
+        assert torch.equal(getattr(vary(seen, fresh, 0.0), name), own)
+    assert torch.equal(furthest.noise, fresh.noise)
+    torch.testing.assert_close(
+        angle(furthest.embedding, seen.embedding.expand(3, -1)),
+        WANDER * angle(fresh.embedding, seen.embedding.expand(3, -1)),
+    )
+    torch.testing.assert_close(furthest.embedding.norm(dim=-1), torch.ones(3))
 
 
 def test_text_diff_moves_along_the_difference_of_the_texts():

@@ -216,6 +216,16 @@ def test_inverting_reads_the_noise_of_the_latents(unclip):
     torch.testing.assert_close(seen.noise.clone(), mean[0])
 
 
+def test_what_is_fresh_belongs_to_its_seed_alone(unclip):
+    both, second = unclip.fresh([5, 6]), unclip.fresh([6])
+    for name in ("embedding", "noise"):
+        first, other = getattr(both, name)
+        assert torch.equal(other, getattr(second, name)[0])
+        assert F.cosine_similarity(first, other, dim=0) < 0.9
+    torch.testing.assert_close(both.embedding.norm(dim=1), torch.ones(2))
+    assert torch.equal(both.noise, unclip.noise([5, 6]))
+
+
 def test_blends_end_in_the_pictures_as_they_are_seen(unclip):
     one, other = (mixing.apart(unclip.imagine(UnclipParams(PROMPT, n=1, seed=seed)))[0] for seed in (1, 2))
     ends = mixing.together([mixing.blend(one, other, share) for share in (0.0, 0.5, 1.0)])

@@ -191,10 +191,10 @@ def words(engine: UnclipEngine, values: Values) -> Scene:
 
 
 def variations(engine: UnclipEngine, values: Values) -> Scene:
-    """Rows of the same noises, each blended further into the noise of a picture."""
+    """Rows of the same fresh noises and embeddings, each further from those of a picture."""
     source, furthest, first = values.source("source"), values.number("distance"), values.seed()
     seeds, distances = [first + i for i in range(GRID)], [furthest * row / ROWS for row in range(1, ROWS + 1)]
-    fresh = engine.noise(seeds)
+    fresh = engine.fresh(seeds)
     seen = [one for distance in distances for one in mixing.apart(mixing.vary(source.seen, fresh, distance))]
     requests = [
         _request(source.name, operation="variation", seed=seed, distance=distance)
