@@ -156,7 +156,7 @@ LABELS = {
         "other": "Second picture",
         "blend": "From the first picture to the second",
         "distance": "Distance",
-        "distance_help": "0 gives the picture back as well as the model can; 1 keeps about what it shows, and nothing else.",
+        "distance_help": "0 gives the picture back as well as the model can; 1 keeps only about what it shows.",
         "frames": "Frames",
         "frames_help": "More of them make a longer walk, and take longer to draw.",
         "noise_help": "Which noise to draw from.",
