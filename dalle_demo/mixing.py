@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-WANDER = 0.2  # share of the way to another embedding at distance 1: as far off as the generator's own training goes
+WANDER = 0.3  # share of the way to another embedding at distance 1; beyond it, things lose their shape
 PARALLEL = 1e-4  # angle, and its distance from a half turn, below which an arc is as good as its chord
 
 
