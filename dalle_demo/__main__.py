@@ -33,14 +33,14 @@ KINDS = {"DALL-E": (GenerateParams, PRESETS), "DALL-E 2": (UnclipParams, UNCLIP_
 
 LEARNING_RATES = {
     "vqgan": 6e-4, "sharpen": 1e-4, "text": 1e-3, "dalle": 1e-3, "vae": 4e-4, "clip": 1e-3, "words": 5e-4,
-    "prior": 1e-3, "unclip": 1e-3,
+    "tower": 1e-3, "prior": 1e-3, "unclip": 1e-3,
 }  # fmt: skip
 BATCHES = {
     "vqgan": 16, "sharpen": 16, "text": 256, "dalle": 32, "vae": 16, "clip": 256, "words": 256,
-    "prior": 512, "unclip": 256,
+    "tower": 256, "prior": 512, "unclip": 256,
 }  # fmt: skip
 NEEDED = {  # flag -> stages that begin from what another stage has trained
-    "vqgan": ("sharpen", "dalle", "vae"), "text": ("dalle", "clip"), "clip": ("words", "prior", "unclip"),
+    "vqgan": ("sharpen", "dalle", "vae"), "text": ("dalle", "clip"), "clip": ("words", "tower", "prior", "unclip"),
     "vae": ("unclip",),
 }  # fmt: skip
 ASSEMBLED = {
@@ -50,7 +50,7 @@ ASSEMBLED = {
     "out": "folder to write",
 }
 ADVERSARIAL_STAGES = ("sharpen", "unclip")  # whose two players swing with much momentum
-UNCLIP_STAGES = ("vae", "clip", "words", "prior", "unclip")
+UNCLIP_STAGES = ("vae", "clip", "words", "tower", "prior", "unclip")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,7 +267,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
 
 
 def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
-    """python -m dalle_demo train vqgan, sharpen, text, dalle, vae, clip, words, prior or unclip."""
+    """python -m dalle_demo train vqgan, sharpen, text, dalle, vae, clip, words, tower, prior or unclip."""
     command.add_argument("--data", type=Path, required=True, help="data set folder")
     command.add_argument("--out", type=Path, required=True, help="run folder: checkpoint, log and weights")
     for name, stages in NEEDED.items():
@@ -299,6 +299,7 @@ def add_stage(command: argparse.ArgumentParser, stage: str) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage."""
     from dalle_demo.training import loop, stages, unclip_stages
+    from dalle_demo.training.tower_stage import TowerStage
     from dalle_demo.training.words_stage import WordsStage
 
     presets = UNCLIP_PRESETS if options.stage in UNCLIP_STAGES else PRESETS
@@ -336,6 +337,7 @@ def run_train(options: argparse.Namespace) -> None:
         "vae": lambda workers: unclip_stages.VAEStage(data, config.vae, options.vqgan, seed),
         "clip": lambda workers: unclip_stages.CLIPStage(data, config, options.text, seed),
         "words": lambda workers: WordsStage(data, options.clip, options.words, out, workers, seed),
+        "tower": lambda workers: TowerStage(data, config, options.clip, seed),
         "prior": lambda workers: unclip_stages.PriorStage(data, config, options.clip, out, workers, seed),
         "unclip": lambda workers: unclip_stages.UnclipStage(
             data, config, options.clip, options.vae, out, workers, seed

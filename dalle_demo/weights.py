@@ -182,15 +182,21 @@ def _clip_of(folder: Path) -> Clip:
     """The CLIP that a DALL-E 2 model was trained with."""
     named = _clip_named(folder)
     try:
-        clip = load_clip(str(_clip_folder(folder)))
+        home = _clip_folder(folder)
+        clip, known = load_clip(str(home)), clip_hashes(home)
     except WeightsError as error:
         raise WeightsError(f"{folder.name} needs {named['name']}: {error}") from error
-    if clip.sha256 != named["sha256"]:
+    if named["sha256"] not in known:
         raise WeightsError(
             f"{folder / 'config.json'} was written for a {named['name']} of sha256 {named['sha256'][:12]}…, "
             f"not {clip.sha256[:12]}…"
         )
     return clip
+
+
+def clip_hashes(folder: Path) -> list[str]:
+    """Sha256 of a CLIP's part `clip`, and of those that the stage `tower` began from, whose space it has kept."""
+    return [stored_hash(folder, "clip"), *read_config(folder).get("continues", [])]
 
 
 def _clip_folder(folder: Path) -> Path:
@@ -222,9 +228,9 @@ def assemble_unclip(prior: Path, unclip: Path, clip: Path, out: Path, defaults: 
     Raises:
         WeightsError: weights are missing or damaged, or were trained with another CLIP.
     """
-    clip_part = stored_hash(clip, "clip")
+    known = clip_hashes(clip)
     for home in (prior, unclip):
-        if read_config(home).get("clip_part", clip_part) != clip_part:  # folders of older versions do not tell
+        if read_config(home).get("clip_part", known[0]) not in known:  # folders of older versions do not tell
             raise WeightsError(f"{home} was trained with another CLIP than {clip}: give the one it was trained with")
     homes = {part: prior if part == "prior" else unclip for part in UNCLIP_PARTS}
     configs = {part: stored_config(home, part) for part, home in homes.items()}

@@ -89,6 +89,7 @@ def test_an_image_decoder_learns_nouns_with_drawings_of_names_near_to_them(
 ):
     (tmp_path / "nouns.txt").write_text("crimson box\nruby box\ntyrannosaurus\n", encoding="utf-8")
     monkeypatch.setattr(stages.pairs_data, "unseen_words", lambda pairs: {"ruby box"})
+    monkeypatch.setattr(stages, "MOVED_SHARE", 0.0)
 
     def make(words: Path | None) -> stages.DalleStage:
         return stages.DalleStage(data_folder, tiny_config(), nano_folder, nano_folder, tmp_path, alone, words=words)

@@ -51,7 +51,12 @@ HELD_OUT_PHRASES = 0.03
 LESS_SEEN = {"people-body"}  # 388 near-identical variants of persons: drawn a quarter as often as everything else
 NOUN_SHARE = 0.2  # of plain drawings that are captioned by a noun near to their name, where nouns are given
 AS_DRAWN = 0.5  # of the pictures that a VQGAN is trained on; the others vary
-SCENE_SHARE = 0.4  # of samples composed afresh; the others are drawings as they are, whose tokens are computed once
+SCENE_SHARE = 0.4  # of samples composed afresh; the others are drawings
+# Of these, half are moved and zoomed a little, and some mirrored, so that no tokens can be learnt by heart;
+# the tokens of the other half, drawings as they are, are computed once.
+MOVED_SHARE = 0.5
+ZOOMS, SHIFT = (0.85, 1.0), 0.06  # of a moved drawing; the shift in half sides
+MIRRORED = {"animals-nature", "food-drink"}  # whose drawings mean the same in a mirror
 
 
 def sample_rng(seed: int, sample: int) -> np.random.Generator:
@@ -415,11 +420,21 @@ class DalleStage:
         elif self.nouns and rng.random() < NOUN_SHARE:
             noun, name = self.nouns.draw(rng)
             index = rng.choice(self.drawings[name])
-            caption, tokens = pairs_data.phrase(noun, self.pairs.rows[index]["style"], rng), self.tokens[index]
+            caption, tokens = pairs_data.phrase(noun, self.pairs.rows[index]["style"], rng), self._drawing(index, rng)
         else:
-            caption, tokens = pairs_data.caption(self.pairs.rows[index], rng), self.tokens[index]
+            caption, tokens = pairs_data.caption(self.pairs.rows[index], rng), self._drawing(index, rng)
         caption = "" if rng.random() < COND_DROP_PROB else caption
         return caption, tokens, disturb(tokens, self.config.vqgan, rng)
+
+    def _drawing(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """Tokens (N,) of a drawing, as it is or moved."""
+        if rng.random() >= MOVED_SHARE:
+            return self.tokens[index]
+        zoom, shift = rng.uniform(*ZOOMS, size=1), rng.uniform(-SHIFT, SHIFT, size=(1, 2))
+        mirrored = rng.random(1) < (0.5 if self.pairs.rows[index]["group"] in MIRRORED else 0)
+        white, zoom, shift = (torch.from_numpy(np.float32(value)) for value in ([WHITE], zoom, shift))
+        picture = self.pairs.pictures(np.array([index]))
+        return self._encode(render(picture, white, zoom, shift, torch.from_numpy(mirrored)))[0]
 
     def _batch(self, captions: list[str], tokens: np.ndarray, inputs: np.ndarray) -> dict[str, Tensor]:
         return dalle_batch(self.tokenizer.batch(captions, self.config.text_encoder.length), tokens, inputs)

@@ -151,14 +151,19 @@ class CLIPStage:
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Caption ids (B, T) and pixels (B, 3, H, W)."""
+        return self.paired(*self.views(samples))
+
+    def views(self, samples: range) -> tuple[list["View"], list[np.random.Generator]]:
+        """What these samples show, and their sources of randomness."""
         indices = shuffled(self.training, self.seed, samples)
         rngs = [sample_rng(self.seed, sample) for sample in samples]
-        views = [View.draw(self.scenes, i, rng) for i, rng in zip(indices, rngs, strict=True)]
-        captions = [view.caption(self.pairs, rng) for view, rng in zip(views, rngs, strict=True)]
-        return self._batch(captions, render_views(self.scenes, views))
+        return [View.draw(self.scenes, i, rng) for i, rng in zip(indices, rngs, strict=True)], rngs
 
-    def _batch(self, captions: list[str], pixels: Tensor) -> dict[str, Tensor]:
+    def paired(self, views: list["View"], rngs: list[np.random.Generator]) -> dict[str, Tensor]:
+        """A caption of each view, and its pixels."""
+        captions = [view.caption(self.pairs, rng) for view, rng in zip(views, rngs, strict=True)]
         ids = self.tokenizer.batch(captions, self.config.text_encoder.length)
+        pixels = render_views(self.scenes, views)
         return {"text_ids": ids, "pixels": resize(pixels, self.config.clip.image_size)}
 
     def validate(self, network: nn.Module) -> dict[str, float]:

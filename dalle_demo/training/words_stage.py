@@ -24,7 +24,7 @@ from dalle_demo.training.losses import distillation_loss
 from dalle_demo.training.stages import HELD_OUT_PHRASES, sample_rng, shuffled, style_captions, weighted
 from dalle_demo.training.teacher import Nouns
 from dalle_demo.training.unclip_stages import CLIPObjective, View
-from dalle_demo.weights import load_clip
+from dalle_demo.weights import clip_hashes, load_clip
 
 WORD_SHARE = 0.5  # of samples; the others are captions, of drawings and of scenes
 CHUNK = 256
@@ -113,7 +113,8 @@ class WordsStage:
         """Write the text_encoder and clip parts and the tokenizer."""
         parts = {"text_encoder": network.clip.text_encoder, "clip": network.clip.clip}
         configs = {"text_encoder": self.model.text_config, "clip": self.model.config}
-        save_parts(folder, configs, parts, self.clip_folder / "tokenizer.json")
+        earlier = clip_hashes(self.clip_folder)[1:]
+        save_parts(folder, configs, parts, self.clip_folder / "tokenizer.json", continues=earlier)
 
 
 class WordsObjective(nn.Module):
