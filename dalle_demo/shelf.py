@@ -24,6 +24,7 @@ from dalle_demo.weights import Dalle, Unclip
 
 TICK = 0.25  # seconds between two looks at a download, and the longest that it takes to cancel one
 UNCLIP = "unclip-nano"
+OWN_LOADED = 4  # of visitors' own DALL-E 2 models; the one that nobody has drawn with for longest makes room
 ENDING = 5.0  # seconds that a new download waits for a cancelled one to end
 CGROUP = Path("/sys/fs/cgroup")  # of a container: what it may take, and takes
 MEMINFO = Path("/proc/meminfo")  # of Linux
@@ -250,7 +251,8 @@ class Shelf:
             own = self._own_unclips.get(name)
             if own is None and name not in self._unclip_presets:
                 raise ShelfError("it has just been deleted; choose another")
-            if name not in self._unclips:
+            engine = self._unclips.get(name)
+            if engine is None:
                 try:
                     preset, options = self._unclip_presets.get(name), {}
                     if own:
@@ -258,9 +260,11 @@ class Shelf:
                     engine = self._load_unclip(preset, **options)
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     raise self._failure(name, error) from error
-                stay = self._unclip_presets if own else self._unclips
-                self._unclips = {other: kept for other, kept in self._unclips.items() if other in stay} | {name: engine}
-            return self._unclips[name]
+            loaded = {other: kept for other, kept in self._unclips.items() if other != name} | {name: engine}
+            for longest in [other for other in loaded if other in self._own_unclips][:-OWN_LOADED]:
+                del loaded[longest]
+            self._unclips = loaded  # a new one: others may be looking things up
+            return engine
 
     def unclip_facts(self, name: str) -> tuple[str, int] | None:
         """Number format and processor threads of a DALL-E 2 model, if it is loaded."""

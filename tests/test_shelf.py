@@ -115,25 +115,31 @@ def test_a_given_dalle_2_model_is_everybodys_beside_the_shipped_one(nano_folder,
     assert shelf.is_unclip("mine")
     assert {"mine": folder, "unclip-nano": "unclip-nano"}.items() <= shelf.trainable().items()
     shelf.adopt_unclip("secret@1", "Secret", shipped / "unclip-nano")
+    monkeypatch.setattr("dalle_demo.shelf.OWN_LOADED", 1)
     former = shelf.unclip()
-    shelf.unclip("secret@1")
-    assert shelf.unclip() is former, "an own model takes the place of another own one only"
+    shelf.adopt_unclip("other@1", "Other", shipped / "unclip-nano")
+    for name in ("secret@1", "other@1"):
+        shelf.unclip(name)
+    assert shelf.unclip() is former, "own models take the place of other own ones only"
     same = Shelf(str(nano_folder), load=load, unclip=str(shipped / "unclip-nano"))
     assert same.unclips() == ["unclip-nano"]
 
 
-def test_of_tuned_dalle_2_models_the_last_stays_beside_the_shipped_one(both, shipped):
+def test_of_tuned_dalle_2_models_those_drawn_with_last_stay_beside_the_shipped_one(both, shipped, monkeypatch):
+    """Two visitors who draw in turn do not wait for their models each time."""
+    monkeypatch.setattr(shelf, "OWN_LOADED", 2)
     shipped_one = both.unclip()
-    for name in ("secret@1", "other@1"):
+    for name in ("secret@1", "other@1", "third@1"):
         both.adopt_unclip(name, name.title(), shipped / "unclip-nano")
-    first = both.unclip("secret@1")
+    first, second = both.unclip("secret@1"), both.unclip("other@1")
     assert first is both.unclip("secret@1")
     assert (first.name, first.origin["model"], both.title("secret@1")) == ("Secret@1",) * 3
     assert both.unclip_facts("secret@1") == ("float32", first.threads)
-    both.unclip("other@1")
-    assert both.unclip_facts("secret@1") is None
+    both.unclip("third@1")
+    assert both.unclip_facts("other@1") is None
+    assert both.unclip("secret@1") is first
     assert both.unclip() is shipped_one
-    assert both.unclip("secret@1") is not first
+    assert both.unclip("other@1") is not second
 
 
 def test_a_tuned_dalle_2_model_is_told_to_nobody_and_can_be_dropped(both, shipped):
