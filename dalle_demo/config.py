@@ -305,12 +305,19 @@ def part_config(name: str, values: dict[str, Any]) -> Any:
         raise ValueError(f"config of {name!r}: {error}") from error
 
 
-class ParamError(ValueError):
-    """A request setting that cannot be used; `field` names it, the message says what to do."""
+NO_NUMBER = "must be a number from {low} to {high}, not {value!r}"
+OUT_OF_RANGE = "must be from {low} to {high}, not {value}"
 
-    def __init__(self, field: str, message: str):
-        super().__init__(f"{field}: {message}")
-        self.field = field
+
+class ParamError(ValueError):
+    """A request setting that cannot be used; `field` names it, the message says what to do.
+
+    `sentence` has the places of `values` in braces, for who says it in another language.
+    """
+
+    def __init__(self, field: str, sentence: str, **values: Any):
+        super().__init__(f"{field}: {sentence.format(**values)}")
+        self.field, self.sentence, self.values = field, sentence, values
 
 
 def _number(default: float, low: float, high: float, step: float, label: str, help: str) -> Any:
@@ -339,7 +346,8 @@ class Params:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ParamError("prompt", "type what to draw, for example “a red apple”")
         if len(self.prompt) > MAX_PROMPT:
-            raise ParamError("prompt", f"has {len(self.prompt):,} characters; shorten it to at most {MAX_PROMPT:,}")
+            told = {"length": len(self.prompt), "most": MAX_PROMPT}
+            raise ParamError("prompt", "has {length:,} characters; shorten it to at most {most:,}", **told)
         if any(unicodedata.category(c) == "Cs" for c in self.prompt):
             raise ParamError("prompt", "holds half a character, which no text file can; type it again")
         if not any(c.isalnum() or (c > "\x7f" and unicodedata.category(c)[0] == "S") for c in self.prompt):
@@ -350,7 +358,9 @@ class Params:
             object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
         last = MAX_SEED - self.drawn + 1
         if self.seed is not None and self.seed > last:
-            raise ParamError("seed", f"must leave room for {self.drawn} pictures; use at most {last}")
+            raise ParamError(
+                "seed", "must leave room for {drawn} pictures; use at most {last}", drawn=self.drawn, last=last
+            )
 
     @property
     def drawn(self) -> int:
@@ -389,7 +399,7 @@ class GenerateParams(Params):
     def __post_init__(self):
         super().__post_init__()
         if 0 < self.candidates < self.n:
-            raise ParamError("candidates", f"must be at least the {self.n} pictures that are shown, or 0 for none")
+            raise ParamError("candidates", "must be at least the {n} pictures that are shown, or 0 for none", n=self.n)
 
     @property
     def drawn(self) -> int:
@@ -426,11 +436,11 @@ def _checked(spec: dataclasses.Field, value: Any) -> int | float:
     low, high = spec.metadata["low"], spec.metadata["high"]
     whole = is_whole(spec)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ParamError(spec.name, f"must be a number from {low} to {high}, not {str(value)[:40]!r}")
+        raise ParamError(spec.name, NO_NUMBER, low=low, high=high, value=str(value)[:40])
     if not low <= value <= high:  # also true of NaN
-        raise ParamError(spec.name, f"must be from {low} to {high}, not {short(value)}")
+        raise ParamError(spec.name, OUT_OF_RANGE, low=low, high=high, value=short(value))
     if whole and value != int(value):
-        raise ParamError(spec.name, f"must be a whole number, not {value}")
+        raise ParamError(spec.name, "must be a whole number, not {value}", value=value)
     return int(value) if whole else float(value)
 
 

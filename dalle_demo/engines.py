@@ -37,7 +37,8 @@ from dalle_demo.weights import Clip, Dalle, Unclip, WeightsError, is_unclip, loa
 
 PREVIEW_SHARE = 0.3
 CHUNK = 4  # pictures that a DALL-E 2 model draws at once: always as many, so that none depends on how many are wanted
-CANNOT_COMPARE = f"{CLIP_PRESET}, which compares pictures with prompts,"
+NO_CLIP = "must be 0: {clip}, which compares pictures with prompts, is missing or damaged"
+NOT_READ = "must be 0: {clip}, which compares pictures with prompts, reads nothing of this prompt"
 
 
 class DalleEngine(Engine):
@@ -130,9 +131,9 @@ class DalleEngine(Engine):
             try:
                 self._clip = load_clip()
             except WeightsError as error:
-                raise ParamError("candidates", f"must be 0: {CANNOT_COMPARE} is missing or damaged") from error
+                raise ParamError("candidates", NO_CLIP, clip=CLIP_PRESET) from error
         if self._clip.tokenizer.encode(prompt, self._clip.text_config.length).empty:
-            raise ParamError("candidates", f"must be 0: {CANNOT_COMPARE} reads nothing of this prompt")
+            raise ParamError("candidates", NOT_READ, clip=CLIP_PRESET)
         return self._clip
 
     def _encode(self, prompt: str) -> tuple[Float[Tensor, "1 T D"], Bool[Tensor, "1 T"]]:

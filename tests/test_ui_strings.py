@@ -1,18 +1,24 @@
 """Both languages say the same things, in units that people use."""
 
+import ast
+import importlib
+from pathlib import Path
 from string import Formatter
 from typing import get_args
 
 import pytest
 
-from dalle_demo.config import GenerateParams
+import dalle_demo
+from dalle_demo.config import GenerateParams, ParamError
 from dalle_demo.hub import HubError, Reason
 from dalle_demo.shelf import ShelfError
 from dalle_demo.training.watch import NOTICES
 from dalle_demo.turns import LeftOut
 from dalle_demo.ui.generate import _summary
 from dalle_demo.ui.models import reason
-from dalle_demo.ui.strings import SENTENCES, duration, footer, label, megabytes, say, translations
+from dalle_demo.ui.strings import REASONS, SENTENCES, duration, footer, label, megabytes, say, translations, why
+
+PACKAGE = Path(dalle_demo.__file__).parent
 
 
 def names(sentence: str) -> set[str]:
@@ -27,6 +33,37 @@ def test_every_sentence_is_there_in_chinese_with_the_same_values(key):
 
 def test_no_chinese_sentence_is_left_over():
     assert SENTENCES["zh"].keys() == SENTENCES["en"].keys()
+
+
+def sentences_of_param_errors() -> list[str]:
+    """Those that the program's modules raise, but for the ones that are passed on."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ParamError":
+                sentence = node.args[1]
+                if isinstance(sentence, ast.Name):
+                    found.append(getattr(importlib.import_module(module), sentence.id))
+                elif not isinstance(sentence, ast.Attribute):
+                    found.append(ast.literal_eval(sentence))  # an f-string, which cannot be translated, has none
+    return found
+
+
+def test_every_reason_against_a_setting_is_there_in_chinese_with_the_same_values():
+    sentences = sentences_of_param_errors()
+    assert len(sentences) > 10
+    assert set(sentences) == set(REASONS)
+    for sentence, chinese in REASONS.items():
+        assert names(sentence) == names(chinese)
+
+
+def test_a_setting_out_of_range_is_refused_in_the_visitors_language():
+    with pytest.raises(ParamError) as caught:
+        GenerateParams("a cat", top_p=3)
+    assert str(caught.value) == "top_p: must be from 0.05 to 1.0, not 3"
+    assert why(caught.value, "en") == "must be from 0.05 to 1.0, not 3"
+    assert why(caught.value, "zh-CN") == "必须在 0.05 到 1.0 之间，不能是 3"
 
 
 def test_every_label_has_a_chinese_one():

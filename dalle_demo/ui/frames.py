@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from dalle_demo import mixing
-from dalle_demo.config import ParamError, UnclipParams, short
+from dalle_demo.config import NO_NUMBER, OUT_OF_RANGE, ParamError, UnclipParams, short
 from dalle_demo.engines import UnclipEngine
 from dalle_demo.images import save_animation, save_png, slug
 from dalle_demo.mixing import Seen
@@ -128,16 +128,16 @@ class Values:
         """Value of a slider."""
         value, (low, high, _, _) = self.given.get(name), SLIDERS[name]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ParamError(name, f"must be a number from {low} to {high}, not {str(value)[:40]!r}")
+            raise ParamError(name, NO_NUMBER, low=low, high=high, value=str(value)[:40])
         if not low <= value <= high:
-            raise ParamError(name, f"must be from {low} to {high}, not {short(value)}")
+            raise ParamError(name, OUT_OF_RANGE, low=low, high=high, value=short(value))
         return float(value)
 
     def choice(self, name: str, choices: Iterable[str]) -> str:
         """One of several words."""
         value = self.given.get(name)
         if value not in list(choices):
-            raise ParamError(name, f"must be one of {', '.join(choices)}, not {str(value)[:40]!r}")
+            raise ParamError(name, "must be one of {all}, not {value!r}", all=", ".join(choices), value=str(value)[:40])
         return value
 
     def text(self, name: str) -> str:
@@ -148,7 +148,7 @@ class Values:
         try:
             return UnclipParams(words).prompt
         except ParamError as error:
-            raise ParamError(name, str(error).removeprefix("prompt: ")) from error
+            raise ParamError(name, error.sentence, **error.values) from error
 
     def source(self, name: str, needed: str = "need_source") -> Source:
         """Picture that was chosen."""

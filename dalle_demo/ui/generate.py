@@ -19,7 +19,7 @@ from dalle_demo.engines import DalleEngine, Update
 from dalle_demo.images import save_each, slug
 from dalle_demo.shelf import Entry, Shelf, ShelfError
 from dalle_demo.ui.models import ModelChoice, language_of, usable, value_and_top
-from dalle_demo.ui.strings import EXAMPLES, label, say
+from dalle_demo.ui.strings import EXAMPLES, label, say, why
 
 FRAMES_PER_SECOND = 4  # of previews; each costs the page a tenth of a second that the drawing then waits for
 SLIDERS = [spec.name for spec in dataclasses.fields(GenerateParams) if spec.metadata and spec.name != "seed"]
@@ -348,4 +348,4 @@ def _explain(error: ParamError, language: str) -> str:
     """Message with the label that the page shows, and the name that a caller of the API used where it differs."""
     shown = label(error.field, language)
     name = shown if shown.lower() == error.field else f"{shown} ({error.field})"
-    return html.escape(f"{name}: {str(error).removeprefix(error.field + ': ')}", quote=False)
+    return html.escape(f"{name}: {why(error, language)}", quote=False)

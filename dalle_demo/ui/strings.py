@@ -8,7 +8,8 @@ shows in English.
 import dataclasses
 from typing import Any
 
-from dalle_demo.config import GenerateParams, UnclipParams
+from dalle_demo.config import NO_NUMBER, OUT_OF_RANGE, GenerateParams, ParamError, UnclipParams
+from dalle_demo.engines import NO_CLIP, NOT_READ
 from dalle_demo.turns import LEFT_OUT
 
 TITLE = "dalle_demo"
@@ -35,6 +36,22 @@ STYLES = {
     "cartoon": "卡通",
     "bold": "粗犷",
     "outlined": "描边",
+}
+
+# Sentence of a ParamError -> the same in Chinese
+REASONS = {
+    NO_NUMBER: "必须是 {low} 到 {high} 之间的数字，不能是 {value!r}",
+    OUT_OF_RANGE: "必须在 {low} 到 {high} 之间，不能是 {value}",
+    "must be a whole number, not {value}": "必须是整数，不能是 {value}",
+    "must be one of {all}, not {value!r}": "必须是以下之一：{all}，不能是 {value!r}",
+    "type what to draw, for example “a red apple”": "请输入要画的内容，例如“一个红苹果”",
+    "has {length:,} characters; shorten it to at most {most:,}": "有 {length:,} 个字符，请缩短到 {most:,} 个以内",
+    "holds half a character, which no text file can; type it again": "含有不完整的字符，请重新输入",
+    "has no letter, digit or emoji; type what to draw": "没有文字、数字或表情符号，请输入要画的内容",
+    "must leave room for {drawn} pictures; use at most {last}": "要为 {drawn} 张图片留出余地，最大为 {last}",
+    "must be at least the {n} pictures that are shown, or 0 for none": "至少要等于展示的图片数 {n}，或填 0 关闭",
+    NO_CLIP: "必须为 0：用来比较图片与提示词的 {clip} 缺失或已损坏",
+    NOT_READ: "必须为 0：用来比较图片与提示词的 {clip} 读不懂这个提示词",
 }
 
 LABELS = {
@@ -723,6 +740,12 @@ def label(field: str, accept_language: str) -> str:
     """Name of a setting as the page shows it in the visitor's language."""
     own = LABELS[_language(accept_language)].get(field) or LABELS["en"].get(field)
     return own or SETTINGS[field].metadata.get("label") or field.capitalize()
+
+
+def why(error: ParamError, accept_language: str) -> str:
+    """What is wrong with a setting, and what to do; in English where there is no translation."""
+    sentence = REASONS.get(error.sentence) if _language(accept_language) == "zh" else None
+    return (sentence or error.sentence).format(**error.values)
 
 
 def translations() -> dict[str, dict[str, str]]:

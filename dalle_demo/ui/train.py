@@ -23,7 +23,7 @@ from dalle_demo.shelf import Shelf, ShelfError
 from dalle_demo.turns import Engine
 from dalle_demo.ui import train_views as views
 from dalle_demo.ui.models import ModelChoice, language_of
-from dalle_demo.ui.strings import label, megabytes, say
+from dalle_demo.ui.strings import label, megabytes, say, why
 from dalle_demo.ui.train_plan import EFFORTS, Plans, efforts, seconds_of, steps_of
 from dalle_demo.ui.unclip import UnclipTab
 from dalle_demo.weights import is_unclip, name_of
@@ -719,7 +719,8 @@ class TrainTab:
             yield say("drawing_after", language), gr.skip(), before, gr.skip()
             after = self._draw(tuned, prompt, stop)
         except ParamError as error:
-            raise gr.Error(_safe(error), print_exception=False) from error
+            reason = f"{label(error.field, language)}: {why(error, language)}"
+            raise gr.Error(_safe(reason), print_exception=False) from error
         except ShelfError as error:
             reason = say("load_failed", language, model=job.title, reason=error)
             raise gr.Error(_safe(reason), print_exception=False) from error

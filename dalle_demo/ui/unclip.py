@@ -23,7 +23,7 @@ from dalle_demo.ui import frames
 from dalle_demo.ui.frames import SECTIONS, SLIDERS, MissingError, Scene, Source, Sources, Values
 from dalle_demo.ui.generate import GenerateTab
 from dalle_demo.ui.models import language_of
-from dalle_demo.ui.strings import STYLES, duration, footer, label, say
+from dalle_demo.ui.strings import STYLES, duration, footer, label, say, why
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 WARNING = QUIET | {"queue": True}  # of an event that may warn, which reaches the page through the queue alone
@@ -299,7 +299,7 @@ class UnclipTab:
         try:
             return make(self.shelf.unclip(self._model_of(values)), values, language)
         except ParamError as error:
-            reason = f"{label(error.field, language)}: {str(error).removeprefix(error.field + ': ')}"
+            reason = f"{label(error.field, language)}: {why(error, language)}"
             return {"said": say("bad_value", language, reason=reason), "wrong": True}
         except MissingError as error:
             return {"said": say(error.key, language), "wrong": False}
