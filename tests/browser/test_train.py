@@ -156,7 +156,7 @@ def choose(page, dropdown: str, option: str) -> None:
 
 def read_the_report_and_fix_a_caption(page) -> None:
     report = page.locator("#report")
-    expect(report).to_contain_text("9 pictures found, 8 used")
+    expect(report).to_contain_text("Pictures found: 9, used: 8")
     expect(report).to_contain_text("broken.png is damaged")
     expect(page.locator("#plan")).to_contain_text("About 7 min here, 300 steps, 1.0 GB of memory", timeout=SLOW)
     expect(page.locator("#effort")).to_contain_text("Thorough: about 14 min")
