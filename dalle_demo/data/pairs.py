@@ -26,7 +26,7 @@ BACKGROUNDS = {  # name -> (Chinese name, RGB)
 }
 TEMPLATES = ("{}", "{}", "a {}", "a picture of a {}", "an emoji of a {}")
 STYLE_TEMPLATES = ("{style} {name}", "{name}, {style} style", "a {style} {name}")
-CHINESE_SHARE = 1 / 2  # of captions
+CHINESE_SHARE = 1 / 3  # of captions
 HELD_OUT = Path(__file__).with_name("held_out.json")  # written by benchmarks/split.py
 
 
