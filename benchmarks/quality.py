@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=judging.FOLDER, help="folder written by judge.py")
     parser.add_argument("--rows", nargs="+", choices=list(prompts), default=list(prompts), help="groups of prompts")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th prompt, one picture each; says so")
-    parser.add_argument("--candidates", type=int, help="draw so many for each picture, and measure the best for CLIP")
+    parser.add_argument("--candidates", type=int, help="draw so many for each picture, and measure the best")
     parser.add_argument(
         "--out", type=Path, help="JSON; results/quality-PRESET.json unless --quick, --rows or --candidates is given"
     )
@@ -263,7 +263,7 @@ def main() -> None:
     settings = {"candidates": options.candidates} if options.candidates else {}
     for group in options.rows:
         figures += bench.figures(group, draw(engine, prompts[group], options.quick, **settings))
-    added = f"best of {options.candidates} for CLIP; " if settings else ""
+    added = f"best of {options.candidates}; " if settings else ""
     left_out = "QUICK: a fifth of the prompts; " if options.quick else ""
     title = f"{engine.name}, {added}{left_out}data set {data.fingerprint}"
     print(table(figures, title))

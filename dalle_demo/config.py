@@ -393,7 +393,12 @@ class GenerateParams(Params):
         1.0, 1.0, 20.0, 0.1, "Guidance", "How hard to follow the prompt; 1 is off, too much coarsens the picture."
     )
     candidates: int = _number(
-        0, 0, MAX_IMAGES, 1, "Candidates", "Draw so many, show those that CLIP finds nearest to the prompt; 0 is off."
+        0,
+        0,
+        MAX_IMAGES,
+        1,
+        "Candidates",
+        "Draw so many and show those that fit the prompt best; 0 is off.",
     )
 
     def __post_init__(self):

@@ -28,8 +28,9 @@ from dalle_demo.hardware import (
     seconds_of,
 )
 from dalle_demo.images import to_pil
-from dalle_demo.matching import embed_image, embed_text, fitted, nearest
+from dalle_demo.matching import best, embed_image, embed_text, fitted
 from dalle_demo.mixing import Seen
+from dalle_demo.models.transformer import ImageDecoder
 from dalle_demo.sampling import draw_uniforms, guide, sample
 from dalle_demo.text import PAD
 from dalle_demo.turns import Engine, Update
@@ -108,7 +109,10 @@ class DalleEngine(Engine):
         step = self._guided_step(text, params.guidance_scale, len(seeds))
         uniforms = draw_uniforms(seeds, length)
         drawn = sample(step, uniforms, self.config.image_decoder.bos, params.temperature, params.top_k, params.top_p)
+        likelihood = torch.zeros(len(seeds))
         for count, so_far in enumerate(drawn, start=1):
+            if clip:
+                likelihood += step.log_probability(so_far[:, -1]) / length
             if count == length:
                 break
             if previews and count % row == 0 and ration.allows(count // row):
@@ -123,7 +127,7 @@ class DalleEngine(Engine):
             pictures += to_pil(self._decode(tokens))
             yield Update(length, length, [] if clip or len(pictures) < len(seeds) else pictures, seeds)
         if clip:
-            yield Update(length, length, *nearest(clip, params.prompt, pictures, seeds, params.n))
+            yield Update(length, length, *best(clip, params.prompt, pictures, seeds, params.n, likelihood))
 
     def _judge(self, prompt: str) -> Clip:
         """The CLIP that tells how near pictures are to a prompt, which it must be able to read."""
@@ -141,19 +145,9 @@ class DalleEngine(Engine):
         mask = ids != PAD
         return self.model.text_encoder(ids, mask), mask
 
-    def _guided_step(
-        self, text: tuple[Tensor, Tensor], scale: float, n: int
-    ) -> Callable[[Int[Tensor, " B"], int], Float[Tensor, "B V"]]:
-        """Step function over the codes: rows of the prompt and, with guidance, of the empty prompt in one batch."""
-        decoder, codes = self.model.image_decoder, self.config.vqgan.codebook_size
+    def _guided_step(self, text: tuple[Tensor, Tensor], scale: float, n: int) -> "GuidedStep":
         prompts = [text] if scale == 1 else [text, self._uncond]
-        cache = decoder.prefill(*_stack(prompts), n)
-
-        def step(image_tokens: Tensor, position: int) -> Tensor:
-            logits = decoder.step(image_tokens.repeat(len(prompts)).to(self.device), position, cache)[:, :codes]
-            return logits if len(prompts) == 1 else guide(*logits.float().chunk(2), scale)
-
-        return step
+        return GuidedStep(self.model.image_decoder, prompts, scale, n, self.config.vqgan.codebook_size, self.device)
 
     def _preview(self, tokens: Int[Tensor, " M"]) -> Image.Image:
         """Picture of the rows that are finished, white below."""
@@ -163,6 +157,37 @@ class DalleEngine(Engine):
     def _decode(self, tokens: Int[Tensor, " M"]) -> Float[Tensor, "1 3 H W"]:
         grid = tokens.view(1, -1, self.config.vqgan.grid).to(self.device)
         return self.model.vqgan.decode(self.model.vqgan.lookup(grid).to(pixel_type(self.format)))
+
+
+class GuidedStep:
+    """Step function over the codes: rows of the prompt and, with guidance, of the empty prompt in one batch."""
+
+    def __init__(
+        self,
+        decoder: ImageDecoder,
+        prompts: list[tuple[Tensor, Tensor]],
+        scale: float,
+        n: int,
+        codes: int,
+        device: torch.device,
+    ):
+        self._decoder, self._rows, self._scale, self._codes, self._device = decoder, len(prompts), scale, codes, device
+        self._cache = decoder.prefill(*_stack(prompts), n)
+
+    def __call__(self, image_tokens: Int[Tensor, " B"], position: int) -> Float[Tensor, "B V"]:
+        """Logits of a position given the token before it."""
+        before = image_tokens.repeat(self._rows).to(self._device)
+        logits = self._decoder.step(before, position, self._cache)[:, : self._codes]
+        if self._rows == 1:
+            self._of_prompt = logits
+            return logits
+        self._of_prompt, of_none = logits.float().chunk(2)
+        return guide(self._of_prompt, of_none, self._scale)
+
+    def log_probability(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """log p(token | prompt, tokens before) of what was chosen at the last position, without guidance."""
+        logits = self._of_prompt.float().log_softmax(-1)
+        return logits.gather(1, tokens[:, None].to(self._device))[:, 0].cpu()
 
 
 class Ration:

@@ -15,7 +15,7 @@ from dalle_demo import engines, weights
 from dalle_demo.config import CLIP_PRESET, MAX_SEED, PRESETS, DalleConfig, GenerateParams, ParamError
 from dalle_demo.engines import DalleEngine, Update
 from dalle_demo.images import from_pil, to_pil
-from dalle_demo.matching import nearest
+from dalle_demo.matching import best
 from dalle_demo.models.transformer import ImageDecoder, TextEncoder
 from dalle_demo.models.vqgan import VQGAN
 from dalle_demo.text import PAD, Encoded, Tokenizer
@@ -369,22 +369,38 @@ def score(prompt: str, picture: Image.Image, folder: Path) -> float:
     return F.cosine_similarity(text, clip.clip.encode_image(from_pil([picture]))).item()
 
 
-def test_candidates_are_the_pictures_of_their_seeds_nearest_first(comparing, shipped):
-    alone = {seed: draw(comparing, n=1, seed=seed)[0] for seed in range(40, 46)}
-    last = finish(comparing, GenerateParams(PROMPT, n=3, seed=40, candidates=6))
+def likelihood(engine: DalleEngine, prompt: str, tokens: torch.Tensor) -> float:
+    """Mean log p(token | prompt, tokens before) by one pass over the whole picture, in fp32."""
+    ids = engine.model.tokenizer.batch([prompt], engine.config.text_encoder.length)
+    mask, codes = ids != PAD, engine.config.vqgan.codebook_size
+    with torch.inference_mode():
+        states = engine.model.text_encoder(ids, mask).float()
+        logits = engine.model.image_decoder(tokens[None], states, mask)[0, :, :codes].float()
+    return logits.log_softmax(-1)[torch.arange(len(tokens)), tokens].mean().item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_candidates_are_the_pictures_of_their_seeds_the_best_first(comparing, shipped, monkeypatch, scale):
+    """Best by CLIP's cosine and by how likely the prompt's own rows, without guidance, made their tokens."""
+    decode, decoded = comparing._decode, []
+    monkeypatch.setattr(comparing, "_decode", lambda tokens: decoded.append(tokens.clone()) or decode(tokens))
+    settings = {"guidance_scale": scale, "temperature": 0.8}
+    alone = {seed: draw(comparing, n=1, seed=seed, **settings)[0] for seed in range(40, 46)}
+    tokens = [one for one in decoded if len(one) == comparing.steps][-6:]
+    last = finish(comparing, GenerateParams(PROMPT, n=3, seed=40, candidates=6, **settings))
     assert [picture.tobytes() for picture in last.images] == [alone[seed] for seed in last.seeds]
-    assert len(set(last.seeds)) == 3
     size = last.images[0].size
-    by_hand = {s: score(PROMPT, Image.frombytes("RGB", size, alone[s]), shipped / CLIP_PRESET) for s in alone}
-    assert last.seeds == sorted(by_hand, key=by_hand.get, reverse=True)[:3]
-    assert last.scores == pytest.approx([by_hand[seed] for seed in last.seeds], abs=1e-5)
-    assert last.seeds != [40, 41, 42]  # else nothing is shown by it
+    cosine = {s: score(PROMPT, Image.frombytes("RGB", size, alone[s]), shipped / CLIP_PRESET) for s in alone}
+    fit = {s: cosine[s] + 0.25 * likelihood(comparing, PROMPT, one) for s, one in zip(alone, tokens, strict=True)}
+    assert last.seeds == sorted(fit, key=fit.get, reverse=True)[:3]
+    assert last.seeds != sorted(cosine, key=cosine.get, reverse=True)[:3]  # else the tokens' share is not seen
+    assert last.scores == pytest.approx([cosine[seed] for seed in last.seeds], abs=1e-5)
 
 
 def test_as_many_candidates_as_pictures_are_only_put_in_order(comparing):
     last = finish(comparing, GenerateParams(PROMPT, n=4, seed=40, candidates=4))
     assert sorted(last.seeds) == [40, 41, 42, 43]
-    assert last.scores == sorted(last.scores, reverse=True)
+    assert last.seeds != [40, 41, 42, 43]
 
 
 def test_previews_show_all_candidates(comparing):
@@ -430,7 +446,7 @@ def test_candidates_need_a_prompt_that_the_clip_reads(comparing, monkeypatch):
 def test_larger_pictures_are_compared_at_the_size_of_the_clip(shipped):
     clip, red = load_clip(str(shipped / CLIP_PRESET)), (200, 30, 30)
     small, large = Image.new("RGB", (32, 32), red), Image.new("RGB", (256, 256), red)
-    _, _, scores = nearest(clip, PROMPT, [small, large], [1, 2], 2)
+    _, _, scores = best(clip, PROMPT, [small, large], [1, 2], 2, torch.zeros(2))
     assert scores[0] == scores[1]
 
 

