@@ -323,7 +323,7 @@ def test_candidates_are_written_nearest_first_and_each_draws_itself(tmp_path, en
 
 def test_help_tells_both_meanings_of_a_flag():
     help_text = " ".join(parser()._subparsers._group_actions[0].choices["generate"].format_help().split())
-    assert "DALL-E: Draw so many, show those that CLIP finds nearest to the prompt; 0 is off. From 0 to " in help_text
+    assert "DALL-E: Draw so many and show those that fit the prompt best; 0 is off. From 0 to " in help_text
     assert "DALL-E 2: The prior draws so many for each picture; " in help_text
     assert "default random." in help_text
 
